@@ -1,0 +1,1007 @@
+"""Images: the drawn mini visual decathlon (nothing to download), folders of images, and batches of both.
+
+| task       | echo of                           | classes | train / val / test     |
+|------------|-----------------------------------|---------|------------------------|
+| base       | ImageNet                          | 32      | 24,000 / 1,000 / 2,000 |
+| aircraft   | FGVC-Aircraft                     | 24      | 5,000 / 500 / 1,000    |
+| objects    | CIFAR-100                         | 36      | 8,000 / 500 / 1,000    |
+| pedestrian | Daimler pedestrians               | 2       | 4,000 / 500 / 1,000    |
+| textures   | Describable Textures              | 20      | 4,000 / 500 / 1,000    |
+| signs      | German Traffic Signs              | 32      | 6,000 / 500 / 1,000    |
+| glyphs     | Omniglot                          | 100     | 8,000 / 500 / 1,000    |
+| digits     | SVHN                              | 10      | 6,000 / 500 / 1,000    |
+| motion     | dynamic images of UCF101          | 24      | 4,000 / 500 / 1,000    |
+| flowers    | Flowers102                        | 24      | 4,000 / 500 / 1,000    |
+| clothing   | Fashion-MNIST (an unseen task)    | 10      | 4,000 / 500 / 1,000    |
+| faces      | FER2013 (unseen)                  | 7       | 4,000 / 500 / 1,000    |
+| lesions    | HAM10000 (unseen; train skewed)   | 7       | 4,000 / 500 / 1,000    |
+| wide       | a broad base, streamed in subsets | 80      | 40,000 / 2,000 / 4,000 |
+
+base and the nine below it stand in for the Visual Decathlon (Rebuffi et al., 2017).
+
+Same seed, same bytes, on every machine. Per-pixel work is float32 with + - * / sqrt abs floor min max and
+comparisons only, which IEEE 754 fixes to the last bit; no matrix product or sum whose order a library may choose.
+sin and cos are taken of a few numbers per image and rounded at once, before the libraries' last bits can show.
+Every chunk of images has a random stream of its own, [seed, task, split, chunk], so neither the number of workers
+nor the order of work matters. Coordinates run over [-1, 1] whatever the image size: 64 x 64 shows the same scenes
+as 32 x 32, drawn finer. What a class looks like does not depend on the seed.
+
+    python data.py                  draw everything, write results/contact_sheet.png
+    python data.py --difficulty     how hard each task is: chance, a linear model on pixels, a small ViT
+"""
+import argparse
+import hashlib
+import os
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import fail
+
+DRAWN_VERSION = 1                   # part of the cache's file names: raise it when any drawing changes
+CHUNK = 125                         # images drawn at a time from one random stream; its arrays fit a core's cache
+SPLITS = ("train", "val", "test")
+f4 = np.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Drawing: a canvas of n images, poses, soft edges, colours, noise
+# ---------------------------------------------------------------------------------------------------------------
+# A number per image has shape [n, 1, 1], a field of numbers per pixel [n, S, S], a colour [n, 3, 1, 1]. y points down.
+
+Pose = namedtuple("Pose", "u v edge")               # local coordinates [n, S, S]; width of one pixel in them [n, 1, 1]
+
+
+def exact(values):
+    """Round float64 values that came from sin, cos and the like, so that every library agrees on the float32."""
+    return (np.round(np.asarray(values, np.float64) * 2 ** 20) / 2 ** 20).astype(f4)
+
+
+class Canvas:
+    """n images of size x size being drawn: pixels [n, 3, S, S] in [0, 1], coordinates x and y, a random stream."""
+
+    def __init__(self, n, size, rng):
+        axis = (np.arange(size, dtype=f4) + f4(0.5)) * f4(2 / size) - f4(1)
+        self.n, self.size, self.rng, self.pixel = n, size, rng, f4(2 / size)
+        self.x, self.y = axis[None, None, :], axis[None, :, None]
+        self.pixels = np.zeros((n, 3, size, size), f4)
+
+    def uniform(self, low, high, *shape):
+        return self.rng.random((self.n, *(shape or (1, 1))), dtype=f4) * f4(high - low) + f4(low)
+
+    def coin(self, p=0.5):
+        return self.rng.random((self.n, 1, 1), dtype=f4) < f4(p)
+
+    def pick(self, k):
+        return self.rng.integers(k, size=self.n)
+
+    def pose(self, shift, turn, scale):
+        """A frame at a random place (up to shift), angle (up to turn radians) and scale (low, high) per image."""
+        angle, scale = self.uniform(-turn, turn), self.uniform(*scale)
+        return self.frame(self.uniform(-shift, shift), self.uniform(-shift, shift), angle, scale)
+
+    def frame(self, x, y, angle, scale):
+        c, s = exact(np.cos(angle.astype(np.float64))) / scale, exact(np.sin(angle.astype(np.float64))) / scale
+        x, y = self.x - x, self.y - y
+        return Pose(c * x + s * y, c * y - s * x, self.pixel / scale)
+
+    def paint(self, mask, colour):
+        """Lay a colour ([n, 3, 1, 1]) over the images where mask ([n, S, S], 0 to 1) says."""
+        self.pixels += (colour - self.pixels) * mask[:, None]
+
+    def noise(self, cells):
+        """Smooth random field [n, S, S] in [0, 1]: random values on a grid of cells x cells, smoothly interpolated."""
+        grid = self.rng.random((self.n, cells + 1, cells + 1), dtype=f4)
+        place = (self.x[0, 0] + f4(1)) * f4(cells / 2)
+        cell = place.astype(np.int64)
+        t = place - cell.astype(f4)
+        t = t * t * (3 - 2 * t)
+        rows = grid.take(cell, 1) * (1 - t)[:, None] + grid.take(cell + 1, 1) * t[:, None]
+        return rows.take(cell, 2) * (1 - t) + rows.take(cell + 1, 2) * t
+
+    def background(self, first, second, cells=3):
+        """Fill with a smooth random mixture of two colours."""
+        self.pixels = first + (second - first) * self.noise(cells)[:, None]
+
+    def finish(self, grain=0.03, light=0.15):
+        """Uneven light, pixel noise and bytes. The noise is drawn last: nothing else then depends on the size."""
+        gx, gy = self.uniform(-light, light), self.uniform(-light, light)
+        self.pixels *= (1 + gx * self.x + gy * self.y)[:, None]
+        self.pixels += (self.rng.random((self.n, 1, self.size, self.size), dtype=f4) - f4(0.5)) * f4(2 * grain)
+        return np.floor(np.clip(self.pixels, 0, 1) * f4(255) + f4(0.5)).astype(np.uint8, order="C")
+
+
+def cover(distance, edge):
+    """How much of a pixel lies inside a shape, from the signed distance to its edge (negative inside)."""
+    return np.clip(f4(0.5) - distance / edge, 0, 1)
+
+
+def hsv(hue, saturation, value):
+    """Colours [n, 3, 1, 1] from hue (turns), saturation and value, each [n, 1, 1] or a number."""
+    hue, saturation, value = (np.asarray(t, f4).reshape(-1, 1, 1) for t in (hue, saturation, value))
+    k = np.stack([hue * 6 + f4(n) for n in (5, 3, 1)], 1)
+    k = k - 6 * np.floor(k / 6)
+    return value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+
+
+def contrast(c, gap=0.35):
+    """Two brightnesses at least gap apart, either one the brighter: a linear model cannot rely on the sign."""
+    dark = c.uniform(0.12, 0.9 - gap)
+    light = dark + gap + (f4(0.95 - gap) - dark) * c.uniform(0, 1)
+    flip = c.coin()
+    return np.where(flip, light, dark), np.where(flip, dark, light)
+
+
+def by_kind(functions, kinds, *arrays):
+    """Row i of the result is functions[kinds[i]] of row i of the arrays: one call per kind, not per image."""
+    out = np.empty(arrays[0].shape, f4)
+    for kind in np.unique(kinds):
+        rows = np.flatnonzero(kinds == kind)
+        out[rows] = functions[kind](*[a[rows] for a in arrays])
+    return out
+
+
+def wave(t):
+    """A smooth wave of period 1 between -1 and 1, made of + and * (sin is not the same on every machine)."""
+    t = abs(t - np.floor(t) - f4(0.5)) * 4 - 1
+    return t * (f4(1.5) - f4(0.5) * t * t)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shapes: signed distances (or close to it) for coordinates u, v; about 1 across from the centre
+# ---------------------------------------------------------------------------------------------------------------
+def length(u, v):
+    return np.sqrt(u * u + v * v)
+
+
+def box(u, v, left, right, top, bottom):
+    return np.maximum(np.maximum(left - u, u - right), np.maximum(top - v, v - bottom))
+
+
+def polygon(u, v, corners, radius, start=0.0):
+    """A regular polygon; start turns its first side, in fractions of a turn (0 is to the right)."""
+    angles = 2 * np.pi * (start + np.arange(corners) / corners)
+    sides = [u * c + v * s for c, s in zip(exact(np.cos(angles)), exact(np.sin(angles)))]
+    return np.maximum.reduce(sides) - f4(radius)
+
+
+def star(u, v, points=5, outer=0.95, sharp=0.38):
+    """A star as the union of kites: for every point, the two sides that meet in it."""
+    spokes = 2 * np.pi * (np.arange(points) / points - 0.25)
+    result = None
+    for c, s in zip(exact(np.cos(spokes)), exact(np.sin(spokes))):
+        along, across = u * c + v * s, abs(v * c - u * s)
+        kite = np.maximum(f4(sharp) * (along - f4(outer)) + across * f4(0.92), -along - f4(0.1))
+        result = kite if result is None else np.minimum(result, kite)
+    return result
+
+
+def heart(u, v):
+    u, v = abs(u), v + f4(0.12)
+    lobes = length(u - f4(0.4), v + f4(0.28)) - f4(0.46)
+    return np.minimum(lobes, np.maximum((u + v) * f4(0.707) - f4(0.6), -v - f4(0.28) + f4(0.1) * u))
+
+
+def tapered(u, v, top_width, bottom_width, top, bottom):
+    """A shape symmetric in u whose half width goes from top_width to bottom_width."""
+    slope = (bottom_width - top_width) / (bottom - top)
+    return np.maximum(abs(u) - (f4(top_width) + f4(slope) * (v - f4(top))), np.maximum(f4(top) - v, v - f4(bottom)))
+
+
+SHAPES = {
+    "disc": lambda u, v: length(u, v) - f4(0.78),
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) - f4(0.68),
+    "triangle": lambda u, v: polygon(u, v - f4(0.15), 3, 0.5, 0.25),
+    "star": lambda u, v: star(u, v),
+    "ring": lambda u, v: abs(length(u, v) - f4(0.6)) - f4(0.24),
+    "cross": lambda u, v: np.maximum(np.minimum(abs(u), abs(v)) - f4(0.26), np.maximum(abs(u), abs(v)) - f4(0.85)),
+    "heart": heart,
+    "moon": lambda u, v: np.maximum(length(u, v) - f4(0.85), f4(0.68) - length(u - f4(0.42), v)),
+    "hourglass": lambda u, v: np.maximum((abs(u) - abs(v)) * f4(0.8) - f4(0.08), abs(v) - f4(0.75)),
+    "arrow": lambda u, v: np.minimum(box(u, v, f4(-0.8), f4(0.1), f4(-0.24), f4(0.24)),
+                                     np.maximum(abs(v) * f4(0.75) + u * f4(0.66) - f4(0.55), f4(-0.05) - u)),
+}
+SHAPE_NAMES = list(SHAPES)
+
+# Strokes are written as points, column then row, each from 0 to 8 and joined by lines; "/" lifts the pen.
+
+
+def strokes(*drawings):
+    """Line segments [drawing, segment, (x0, y0, x1, y1)] with coordinates in [-1, 1], padded by repeats."""
+    tables = []
+    for drawing in drawings:
+        segments = []
+        for line in drawing.split("/"):
+            points = [((int(p[0]) - 4) / 4, (int(p[1]) - 4) / 4) for p in line.split()]
+            segments += [a + b for a, b in zip(points, points[1:])]
+        tables.append(segments)
+    longest = max(map(len, tables))
+    return np.array([t + [t[-1]] * (longest - len(t)) for t in tables], f4)
+
+
+def ink(u, v, segments):
+    """Distance [n, S, S] to the nearest of each image's segments [n, m, 4]."""
+    nearest = None
+    for k in range(segments.shape[1]):
+        x, y, x1, y1 = (segments[:, k, i, None, None] for i in range(4))
+        dx, dy, px, py = x1 - x, y1 - y, u - x, v - y
+        t = np.clip((px * dx + py * dy) / (dx * dx + dy * dy + f4(1e-6)), 0, 1)
+        px, py = px - t * dx, py - t * dy
+        square = px * px + py * py
+        nearest = square if nearest is None else np.minimum(nearest, square)
+    return np.sqrt(nearest)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tasks: each function fills a canvas with images of the given classes [n]
+# ---------------------------------------------------------------------------------------------------------------
+FILLS = ("plain", "striped", "checked", "dotted")
+PALETTES = ("warm", "cool")
+BASE_CLASSES = [(s, t, p) for s in (0, 3, 4, 5) for t in range(4) for p in (0, 1)]
+WIDE_CLASSES = [(s, t, p) for s in range(10) for t in range(4) for p in (0, 1)]
+
+
+def fill_pattern(u, v, fill, edge):
+    """The mask of a fill's second colour; fill indexes FILLS."""
+    stripe, other = wave(u * f4(1.7)), wave(v * f4(1.7))
+    value = np.select([fill == 0, fill == 1, fill == 2], [f4(-9), wave(v * f4(1.9)), stripe * other * 2],
+                      np.minimum(stripe, other) * 2 - f4(0.3))
+    return cover(-value / 7, edge)
+
+
+def draw_things(c, labels, classes):
+    shape, fill, palette = np.array(classes)[labels].T[:, :, None, None]
+    near, far = contrast(c)
+    hue = np.where(palette == 0, c.uniform(-0.06, 0.16), c.uniform(0.44, 0.72))
+    ground = c.uniform(0, 1)
+    c.background(hsv(ground, c.uniform(0.1, 0.6), far), hsv(ground, 0.4, far * f4(0.85)))
+    p = c.pose(0.1, 0.2, (0.78, 0.95))
+    inside = cover(by_kind(list(SHAPES.values()), shape[:, 0, 0], p.u, p.v), p.edge)
+    c.paint(inside, hsv(hue, c.uniform(0.55, 0.95), near))
+    second = hsv(hue + c.uniform(-0.05, 0.05), 0.5, np.where(near > far, near * f4(0.45), near + f4(0.4)))
+    pattern = fill_pattern(p.u + c.uniform(0, 1), p.v + c.uniform(0, 1), fill, p.edge)
+    c.paint(inside * pattern, second)
+    return c.finish()
+
+
+def things(classes):
+    names = [f"{PALETTES[p]} {FILLS[t]} {SHAPE_NAMES[s]}" for s, t, p in classes]
+    return (lambda c, labels: draw_things(c, labels, classes)), names
+
+
+WINGS = {"straight": (0.24, -0.12, 0.05, 0.0, 0.9), "swept": (0.34, -0.0, 0.75, 0.6, 0.85),
+         "delta": (0.45, -0.6, 1.35, 0.0, 0.75), "forward": (-0.1, -0.45, -0.5, -0.45, 0.8)}   # nose, tail, slopes, span
+ENGINES = ("glider", "twin")
+TAILS = ("small tail", "large tail", "canard")
+AIRCRAFT = [f"{w}-wing {e}, {t}" for w in WINGS for e in ENGINES for t in TAILS]
+
+
+def wing(u, v, nose, tail, front_slope, back_slope, span):
+    front, back = u - (nose - front_slope * v), (tail - back_slope * v) - u
+    return np.maximum(np.maximum(front, back) * f4(0.8), v - span)
+
+
+def silhouette(p, labels):
+    """Distance to an aircraft seen from above, its nose along u."""
+    u, v = p.u, abs(p.v)
+    nose, tail, front, back, span = np.array(list(WINGS.values()), f4)[labels // 6].T[:, :, None, None]
+    twin, kind = ((labels // 3) % 2)[:, None, None], (labels % 3)[:, None, None]
+    taper = np.where(u > 0, u - f4(0.55), f4(-0.6) - u)
+    body = np.maximum(v - f4(0.11) + np.clip(taper, 0, 1) * f4(0.3), abs(u) - f4(0.95))
+    main = wing(u, v, nose, tail, front, back, span)
+    place = np.where(kind == 2, f4(0.72), f4(-0.72))
+    rear = wing(u - place, v, f4(0.13), f4(-0.11), f4(0.35), f4(0.2), np.where(kind == 1, f4(0.5), f4(0.3)))
+    y = span * f4(0.5)
+    middle = (nose + tail) / 2 - (front + back) / 2 * y + f4(0.12)
+    pods = np.where(twin == 1, box(u, v, middle - f4(0.12), middle + f4(0.3), y - f4(0.1), y + f4(0.1)), f4(9))
+    return np.minimum(np.minimum(body, main), np.minimum(rear, pods))
+
+
+def draw_aircraft(c, labels):
+    near, far = contrast(c, 0.3)
+    hue = c.uniform(0, 1)
+    c.background(hsv(hue, c.uniform(0.2, 0.6), far), hsv(hue + c.uniform(-0.1, 0.1), 0.4, far * f4(0.85)))
+    angle, scale, x, y = c.uniform(-1.9, -1.25), c.uniform(0.85, 0.97), c.uniform(-0.06, 0.06), c.uniform(-0.06, 0.06)
+    p = c.frame(x + f4(0.12), y + f4(0.14), angle, scale)
+    c.paint(cover(silhouette(p, labels), p.edge * 2) * f4(0.35), f4(0))
+    p = c.frame(x, y, angle, scale)
+    c.paint(cover(silhouette(p, labels), p.edge), hsv(c.uniform(0, 1), c.uniform(0, 0.4), near))
+    c.paint(cover(length((p.u - f4(0.62)) * f4(0.6), p.v) - f4(0.06), p.edge), hsv(0.58, 0.5, far * f4(0.6)))
+    return c.finish()
+
+
+OBJECT_SHAPES = (0, 2, 3, 4, 5, 7)
+OBJECTS = [f"{SHAPE_NAMES[a]} and {SHAPE_NAMES[b]}" for a in OBJECT_SHAPES for b in OBJECT_SHAPES]
+
+
+def draw_objects(c, labels):
+    """Class = (shape on the left, shape on the right)."""
+    near, far = contrast(c, 0.4)
+    ground = c.uniform(0, 1)
+    c.background(hsv(ground, 0.35, far), hsv(ground, 0.4, far * f4(0.9)))
+    functions = list(SHAPES.values())
+    for side, kind in ((-0.47, labels // 6), (0.47, labels % 6)):
+        x, y = c.uniform(-0.04, 0.04) + f4(side), c.uniform(-0.12, 0.12)
+        p = c.frame(x, y, c.uniform(-0.15, 0.15), c.uniform(0.47, 0.54))
+        d = by_kind(functions, np.array(OBJECT_SHAPES)[kind], p.u, p.v)
+        c.paint(cover(d, p.edge), hsv(c.uniform(0, 1), c.uniform(0.3, 0.9), near))
+    return c.finish()
+
+
+def draw_pedestrian(c, labels):
+    """A walker (class 1) or street furniture made of the same strokes and dots (class 0), in grey."""
+    near, far = contrast(c, 0.3)
+    c.background(hsv(0, 0, far), hsv(0, 0, far * f4(0.6)), 4)
+    bar = c.uniform(-1, 1)
+    c.paint(cover(abs(c.x - bar) - c.uniform(0.03, 0.15), c.pixel), hsv(0, 0, c.uniform(0.1, 0.9)))
+    p = c.pose(0.15, 0.1, (0.72, 0.95))
+    n, joint = c.n, lambda low, high: c.uniform(low, high)[:, 0, 0]
+    zero, lean, stride, swing = np.zeros(n, f4), joint(-0.06, 0.06), joint(-0.35, 0.35), joint(-0.3, 0.3)
+    hip, neck = f4(0.15), f4(-0.45)
+    limbs = [(lean, neck, zero, hip), (zero, hip, stride, 0.9), (zero, hip, -stride + joint(-.1, .1), 0.9),
+             (lean, neck + f4(0.06), swing + lean + f4(0.15), 0.1), (lean, neck + f4(0.06), -swing + lean - f4(0.15), 0.1)]
+    walker = np.stack([np.stack(np.broadcast_arrays(*[np.asarray(t, f4) for t in limb], zero)[:4], 1) for limb in limbs], 1)
+    # Street furniture: the same number of strokes and the same dot, put together as lamp posts, signs, bare trees.
+    fork, high = joint(-0.5, 0.5), joint(-0.5, 0.4)
+    posts = [(zero, -0.9, zero, 0.9), (zero, high, fork, high - f4(0.3)), (zero, high, -fork, high - f4(0.3)),
+             (zero, high + f4(0.25), fork * f4(0.7), high), (zero, 0.5, zero, 0.9)]
+    post = np.stack([np.stack(np.broadcast_arrays(*[np.asarray(t, f4) for t in limb], zero)[:4], 1) for limb in posts], 1)
+    yes = (labels == 1)[:, None, None]
+    d = ink(p.u, p.v, np.where(yes, walker, post)) - np.where(yes, f4(0.11), f4(0.09))
+    head_x, head_y = np.where(yes, lean[:, None, None], fork[:, None, None]), np.where(yes, f4(-0.73), c.uniform(-0.8, 0.2))
+    d = np.minimum(d, length(p.u - head_x, p.v - head_y) - f4(0.17))
+    c.paint(cover(d, p.edge), hsv(0, 0, near))
+    return c.finish(0.05)
+
+
+# Textures are heights in about [-1, 1] of coordinates with period 1 and a random field r for the irregular ones.
+TEXTURES = {
+    "striped": lambda u, v, r: wave(u),
+    "banded": lambda u, v, r: wave(u) + f4(0.9),
+    "checked": lambda u, v, r: wave(u) * wave(v) * 2,
+    "dotted": lambda u, v, r: wave(u) + wave(v) - f4(0.7),
+    "gridded": lambda u, v, r: np.maximum(wave(u), wave(v)) - f4(0.55),
+    "zigzagged": lambda u, v, r: wave(v + abs(u - np.floor(u) - f4(0.5))),
+    "wavy": lambda u, v, r: wave(v + wave(u * f4(0.5)) * f4(0.45)),
+    "bricked": lambda u, v, r: np.maximum(wave(v), wave(u * f4(0.5) + np.floor(v + f4(0.5)) * f4(0.5))) - f4(0.6),
+    "honeycombed": lambda u, v, r: f4(-0.15) - wave(u) * wave(v * f4(0.5) + f4(0.25)) - wave(v * f4(0.5)) * wave(u + f4(0.25)),
+    "concentric": lambda u, v, r: wave(length(u, v)),
+    "rayed": lambda u, v, r: wave(3 * u / (abs(u) + abs(v) + f4(0.05))) * np.where(v > 0, f4(1), f4(-1)),
+    "blotched": lambda u, v, r: (r - f4(0.5)) * 5,
+    "marbled": lambda u, v, r: wave(v * f4(0.5) + r * f4(2.5)),
+    "veined": lambda u, v, r: f4(0.5) - abs(r - f4(0.5)) * 9,
+    "woven": lambda u, v, r: np.where(wave(u * f4(0.5)) * wave(v * f4(0.5)) > 0, wave(u * 2), wave(v * 2)),
+    "crosshatched": lambda u, v, r: np.maximum(wave(u + v), wave(u - v)) - f4(0.4),
+    "scaly": lambda u, v, r: wave(length(u - np.floor(u) - f4(0.5), v - np.floor(v)) * f4(1.2)),
+    "dashed": lambda u, v, r: np.minimum(wave(v), wave(u * f4(0.5) + np.floor(v + f4(0.5)) * f4(0.37)) + f4(0.2)),
+    "ringed": lambda u, v, r: f4(0.45) - abs(length(wave(u * f4(0.5)), wave(v * f4(0.5))) - f4(0.55)) * 4,
+    "frayed": lambda u, v, r: wave(u + r * f4(1.2)) + (r - f4(0.5)) * 2,
+}
+
+
+def draw_textures(c, labels):
+    near, far = contrast(c, 0.3)
+    hue = c.uniform(0, 1)
+    c.background(hsv(hue, c.uniform(0.1, 0.7), far), hsv(hue, 0.4, far * f4(0.9)))
+    p = c.pose(1.0, 0.35, (0.3, 0.42))
+    height = by_kind(list(TEXTURES.values()), labels, p.u, p.v, c.noise(7))
+    c.paint(cover(-height / 5, p.edge * f4(0.8)), hsv(hue + c.uniform(-0.3, 0.3), c.uniform(0.1, 0.8), near))
+    return c.finish()
+
+
+PLATES = {
+    "triangle": lambda u, v: polygon(u, v - f4(0.2), 3, 0.52, 0.25),
+    "disc": lambda u, v: length(u, v) - f4(0.88),
+    "diamond": lambda u, v: (abs(u) + abs(v)) * f4(0.707) - f4(0.7),
+    "shield": lambda u, v: np.maximum(box(u, v, f4(-0.76), f4(0.76), f4(-0.8), f4(0.9)), (abs(u) + v) * f4(0.707) - f4(0.72)),
+}
+SYMBOLS = {"arrow": "48 40/04 40 84", "bar": "04 84", "bend": "18 14 74/50 84 58", "cross": "08 80/00 88",
+           "post": "40 45/48 48", "chevron": "10 64 18", "fork": "48 44 00/44 80", "bumps": "07 23 47 63 87"}
+SIGNS = [f"{plate} with {symbol}" for plate in PLATES for symbol in SYMBOLS]
+SYMBOL_STROKES = strokes(*SYMBOLS.values())
+
+
+def draw_signs(c, labels):
+    ground = c.uniform(0, 1)
+    c.background(hsv(ground, 0.4, c.uniform(0.15, 0.9)), hsv(ground + f4(0.3), 0.3, c.uniform(0.15, 0.9)))
+    p = c.pose(0.06, 0.1, (0.85, 0.98))
+    d = by_kind(list(PLATES.values()), labels // 8, p.u, p.v)
+    # Red rim on white, white on blue, black on yellow, white on green ... the colours say nothing about the class.
+    hue = np.array([0.99, 0.6, 0.13, 0.38], f4)[c.pick(4)][:, None, None] + c.uniform(-0.03, 0.03)
+    bright, strong, pale = c.uniform(0.6, 1), c.uniform(0.65, 0.95), c.uniform(0, 0.12)
+    inverted = c.coin()
+    colour, white = hsv(hue, strong, bright * f4(0.85)), hsv(0.12, pale, bright)
+    rim, face = np.where(inverted[:, None], white, colour), np.where(inverted[:, None], colour, white)
+    c.paint(cover(d, p.edge), rim)
+    c.paint(cover(d + f4(0.13), p.edge), face)
+    u, v = p.u / f4(0.38), (p.v - np.where(labels // 8 == 0, f4(0.2), f4(0))[:, None, None]) / f4(0.38)
+    symbol = ink(u, v, SYMBOL_STROKES[labels % 8]) - c.uniform(0.2, 0.3)
+    c.paint(cover(symbol, p.edge / f4(0.38)), np.where(inverted[:, None], white, hsv(0, 0, f4(0.15) * bright)))
+    return c.finish()
+
+
+def glyph_strokes(count=100, candidates=1500):
+    """Stroke characters [count, 7, 4]: of many random ones, each next one is the most unlike those chosen before."""
+    rng = np.random.default_rng(7)
+    grid = (np.arange(9) % 3 - 1) * 0.8, (np.arange(9) // 3 - 1) * 0.8
+    found, looks = [], []
+    for _ in range(candidates):
+        segments = []
+        for length_ in (3, 3, 1)[:rng.integers(2, 4)]:
+            path = rng.permutation(9)[:length_ + 1]
+            x, y = grid[0][path] + rng.random(length_ + 1) * 0.3 - 0.15, grid[1][path] + rng.random(length_ + 1) * 0.3 - 0.15
+            segments += [(x[i], y[i], x[i + 1], y[i + 1]) for i in range(length_)]
+        found.append((segments + [segments[-1]] * 7)[:7])
+    found = np.array(found, f4)
+    c = Canvas(len(found), 10, rng)
+    looks = np.minimum(ink(c.x / f4(0.9), c.y / f4(0.9), found), f4(0.6)).reshape(len(found), -1)
+    chosen, distance = [0], np.full(len(found), 9e9)
+    while len(chosen) < count:
+        distance = np.minimum(distance, abs(looks - looks[chosen[-1]]).max(axis=1) * 1.0)
+        chosen.append(int(distance.argmax()))
+    return found[chosen]
+
+
+GLYPHS = glyph_strokes()
+
+
+def draw_glyphs(c, labels):
+    near, far = contrast(c, 0.5)
+    tint = c.uniform(0, 1)
+    c.background(hsv(tint, 0.1, far), hsv(tint, 0.1, far * f4(0.92)))
+    p = c.pose(0.06, 0.08, (0.8, 0.9))
+    slant = c.uniform(-0.1, 0.1)
+    segments = GLYPHS[labels] + c.uniform(-0.05, 0.05, 7, 4)
+    c.paint(cover(ink(p.u + slant * p.v, p.v, segments) - c.uniform(0.09, 0.13), p.edge), hsv(tint + f4(0.5) * c.coin(), 0.1, near))
+    return c.finish()
+
+
+DIGITS = strokes("30 50 62 66 58 38 26 22 30", "31 40 48/38 58", "22 30 50 62 63 28 68", "21 30 50 62 53 44 55 66 58 38 27",
+                 "58 50 25 65", "60 30 23 44 54 65 66 58 38 27", "60 40 23 26 38 58 66 65 54 34 25", "20 60 38",
+                 "40 62 44 22 40/44 66 58 38 26 44", "63 54 34 23 22 30 50 62 64 56 38")
+
+
+def draw_digits(c, labels):
+    """The digit in the middle, parts of other digits to its left and right."""
+    near, far = contrast(c, 0.3)
+    ground = c.uniform(0, 1)
+    c.background(hsv(ground, 0.5, far), hsv(ground + f4(0.1), 0.4, far * f4(0.85)))
+    p = c.pose(0.08, 0.12, (0.68, 0.85))
+    gap, ink_colour, thick = c.uniform(1.3, 1.55), hsv(c.uniform(0, 1), c.uniform(0, 0.7), near), c.uniform(0.12, 0.18)
+    d = ink(p.u, p.v, DIGITS[labels] + c.uniform(-0.05, 0.05, DIGITS.shape[1], 4))
+    for side in (-gap, gap):
+        other = ink(p.u + side, p.v, DIGITS[c.pick(10)])
+        d = np.where(c.coin(0.75), np.minimum(d, other), d)
+    c.paint(cover(d - thick, p.edge), ink_colour)
+    return c.finish()
+
+
+# Paths of a moving body, as in dynamic images: dark where it was early, bright where it is late, grey elsewhere.
+PATHS = {"across": "04 84", "down": "40 48", "rising": "17 71", "falling": "11 77", "hop": "07 24 42 64 87",
+         "dip": "01 24 46 64 81", "circle": "40 71 84 77 48 17 04 11 30", "zigzag": "02 26 42 66 82", "stairs": "08 05 35 32 62 60",
+         "hook": "11 17 77 74", "loop": "07 45 72 50 22 45 87", "spiral": "44 64 66 36 22 40 72 85"}
+MOTIONS = [f"{name} {direction}" for name in PATHS for direction in ("forward", "backward")]
+
+
+def path_points(count=9):
+    """Points [path, count, 2] at equal steps along each path."""
+    points = []
+    for segments in (strokes(path)[0].astype(np.float64) for path in PATHS.values()):
+        corners = np.concatenate([segments[:1, :2], segments[:, 2:]])
+        far = np.concatenate([[0], np.cumsum(np.sqrt(((segments[:, 2:] - segments[:, :2]) ** 2).sum(1)))])
+        at = np.linspace(0, far[-1], count)
+        points.append(np.stack([np.interp(at, far, corners[:, i]) for i in range(2)], 1))
+    return exact(points)
+
+
+PATH_POINTS = path_points()
+
+
+def draw_motion(c, labels):
+    c.background(hsv(c.uniform(0, 1), 0.06, 0.55), hsv(0, 0, c.uniform(0.4, 0.5)), 4)
+    p = c.pose(0.15, 0.2, (0.55, 0.8))
+    points = PATH_POINTS[labels // 2] + c.uniform(-0.07, 0.07, 1, 2)
+    radius, count = c.uniform(0.16, 0.3), points.shape[1]
+    track = np.zeros(c.pixels[:, 0].shape, f4)
+    for k in range(count):
+        weight = np.where(labels % 2 == 0, f4(k), f4(count - 1 - k))[:, None, None] * f4(2 / (count - 1)) - 1
+        dx, dy = p.u - points[:, k, 0, None, None], p.v - points[:, k, 1, None, None]
+        near = np.maximum(1 - (dx * dx + dy * dy) / (radius * radius), 0)
+        track += near * near * (weight - track)
+    for _ in range(2):                                      # other bodies that move on the spot
+        d = length(c.x - c.uniform(-1, 1), c.y - c.uniform(-1, 1))
+        track += np.maximum(1 - d * 6, 0) * c.uniform(-1.2, 1.2)
+    c.pixels += (track * c.uniform(0.3, 0.45))[:, None]
+    return c.finish(0.04, 0.1)
+
+
+PETALS, FORMS, HEARTS = (3, 4, 5, 8), ("round", "pointed", "notched"), ("small", "large")
+FLOWERS = [f"{n} {form} petals, {h} heart" for n in PETALS for form in FORMS for h in HEARTS]
+
+
+def petals(u, v, n, form):
+    """Distance to a ring of n petals; form indexes FORMS."""
+    wide = {3: 0.36, 4: 0.33, 5: 0.27, 8: 0.16}[n]
+    result, angles = None, 2 * np.pi * np.arange(n) / n
+    for c, s in zip(exact(np.cos(angles)), exact(np.sin(angles))):
+        a, b = u * c + v * s, abs(v * c - u * s)
+        if form == 0:
+            d = (length((a - f4(0.52)) * f4(wide / 0.42), b) - f4(wide)) * f4(1.2)
+        elif form == 1:
+            d = (b - f4(wide * 1.05) * (1 - abs(a - f4(0.45)) / f4(0.53))) * f4(0.8)
+        else:
+            d = np.minimum(length(a - f4(0.62), b - f4(wide * 0.6)) - f4(wide * 0.62), np.maximum(b - a * f4(wide * 1.2), a - f4(0.6)))
+        result = d if result is None else np.minimum(result, d)
+    return result
+
+
+PETAL_SHAPES = [lambda u, v, n=n, form=form: petals(u, v, n, form) for n in PETALS for form in range(3)]
+
+
+def draw_flowers(c, labels):
+    near, far = contrast(c, 0.35)
+    c.background(hsv(c.uniform(0.2, 0.45), c.uniform(0.3, 0.7), far), hsv(c.uniform(0.25, 0.4), 0.6, far * f4(0.6)), 5)
+    hue, p = c.uniform(0.5, 1.2), c.pose(0.1, 0.35, (0.85, 1.0))
+    d = by_kind(PETAL_SHAPES, labels // 2, p.u, p.v)
+    c.paint(cover(d, p.edge), hsv(hue, c.uniform(0.2, 0.8), near))
+    c.paint(cover(d + f4(0.12), p.edge * 4) * f4(0.5), hsv(hue + c.uniform(-0.1, 0.1), c.uniform(0.2, 0.7), np.minimum(near * f4(1.2), 1)))
+    size = np.where(labels % 2 == 0, f4(0.14), f4(0.32))[:, None, None] * c.uniform(0.9, 1.1)
+    c.paint(cover(length(p.u, p.v) - size, p.edge), hsv(c.uniform(0.08, 0.17), 0.8, np.where(near > far, near * f4(0.6), f4(0.9))))
+    return c.finish()
+
+
+def union(*distances):
+    return np.minimum.reduce(distances)
+
+
+def sleeves(u, v, reach, drop):
+    """Two sleeves from the shoulders outwards, reach wide, drop long."""
+    return np.maximum(np.maximum(abs(v + f4(0.72) - (abs(u) - f4(0.35)) * f4(drop)) - f4(0.2), abs(u) - f4(reach)), f4(0.2) - abs(u))
+
+
+CLOTHES = {
+    "t-shirt": lambda u, v: union(tapered(u, v, 0.42, 0.42, -0.85, 0.75), sleeves(u, v, 0.8, 0.45)),
+    "trousers": lambda u, v: np.maximum(tapered(u, v, 0.34, 0.46, -0.9, 0.9), f4(0.06) + (f4(-0.35) - v) * f4(0.5) - abs(u) * f4(0.9)),
+    "pullover": lambda u, v: union(tapered(u, v, 0.42, 0.42, -0.8, 0.7), sleeves(u, v, 0.88, 2.2)),
+    "dress": lambda u, v: np.where(v < -0.1, tapered(u, v, 0.3, 0.2, -0.9, 0.9), tapered(u, v, 0.05, 0.62, -0.5, 0.9)),
+    "coat": lambda u, v: union(np.maximum(tapered(u, v, 0.4, 0.52, -0.9, 0.92), f4(0.05) - abs(u) - np.maximum(f4(-0.3) - v, 0) * f4(0.6)),
+                               sleeves(u, v, 0.85, 2.2)),
+    "sandal": lambda u, v: union(box(u, v, f4(-0.9), f4(0.9), f4(0.42), f4(0.58)), abs(v - f4(0.45) + abs(u + f4(0.35)) * f4(1.1) * f4(-1) + f4(0.5)) - f4(0.09) + np.maximum(abs(u) - f4(0.8), 0) * 9),
+    "shirt": lambda u, v: np.maximum(union(tapered(u, v, 0.42, 0.42, -0.85, 0.75), sleeves(u, v, 0.88, 1.6)),
+                                     f4(0.12) - abs(u) - (v + f4(0.85)) * f4(0.35)),
+    "sneaker": lambda u, v: union(box(u, v, f4(-0.9), f4(0.9), f4(0.25), f4(0.55)), np.maximum(box(u, v, f4(-0.9), f4(0.5), f4(-0.25), f4(0.4)), u * f4(0.6) - v - f4(0.1))),
+    "bag": lambda u, v: union(tapered(u, v, 0.7, 0.8, -0.15, 0.75), np.maximum(abs(length(u * f4(0.9), v + f4(0.15)) - f4(0.5)) - f4(0.09), v)),
+    "boot": lambda u, v: union(box(u, v, f4(-0.6), f4(0.05), f4(-0.9), f4(0.8)), np.maximum(box(u, v, f4(-0.6), f4(0.75), f4(0.3), f4(0.8)), u * f4(0.5) - v + f4(0.2))),
+}
+
+
+def draw_clothing(c, labels):
+    near, far = contrast(c, 0.3)
+    c.background(hsv(0.6, 0.08, far), hsv(0.1, 0.1, far * f4(0.8)))
+    p = c.pose(0.1, 0.2, (0.72, 0.95))
+    u = np.where(c.coin(), p.u, -p.u) * c.uniform(0.9, 1.15)
+    inside = cover(by_kind(list(CLOTHES.values()), labels, u, p.v), p.edge)
+    hue = c.uniform(0, 1)
+    c.paint(inside, hsv(hue, c.uniform(0, 0.5), near))
+    weave = fill_pattern(p.u + c.uniform(0, 1), p.v, c.rng.integers(4, size=(c.n, 1, 1)), p.edge)
+    c.paint(inside * weave * c.uniform(0, 0.5), hsv(hue, 0.3, far))
+    return c.finish()
+
+
+# Expressions: mouth curve (smile > 0), mouth opening, mouth width, brow height, brow tilt (frown > 0), eye opening.
+EXPRESSIONS = {
+    "neutral": (0.0, 0.02, 0.3, 0.0, 0.0, 0.10), "happy": (0.7, 0.08, 0.38, 0.03, 0.0, 0.08), "sad": (-0.6, 0.02, 0.28, 0.0, -0.45, 0.08),
+    "angry": (-0.35, 0.06, 0.3, -0.1, 0.55, 0.09), "surprised": (0.0, 0.22, 0.16, 0.12, 0.0, 0.17),
+    "afraid": (-0.2, 0.12, 0.36, 0.10, -0.4, 0.15), "disgusted": (-0.6, 0.10, 0.2, -0.08, 0.3, 0.04),
+}
+
+
+def draw_faces(c, labels):
+    near, far = contrast(c, 0.25)
+    c.background(hsv(0, 0, far), hsv(0, 0, far * f4(0.7)))
+    p = c.pose(0.1, 0.15, (0.85, 1.05))
+    u, v = p.u, p.v
+    curve, opening, width, height, tilt, eye = (np.array(list(EXPRESSIONS.values()), f4)[labels].T[:, :, None, None]
+                                                 * c.uniform(0.75, 1.25) + c.uniform(-0.02, 0.02))
+    skin = hsv(0, 0, near)
+    dark = hsv(0, 0, near * f4(0.25))
+    c.paint(cover(length(u, v + f4(0.08)) - f4(0.85), p.edge), hsv(0, 0, c.uniform(0.05, 0.9)))
+    c.paint(cover(length(u * f4(1.15), v - f4(0.1)) - f4(0.8), p.edge), skin)
+    a = abs(u)
+    white = cover(length((a - f4(0.32)) * f4(0.7), v + f4(0.08)) - np.maximum(eye, f4(0.03)), p.edge)
+    c.paint(white, hsv(0, 0, np.minimum(near * f4(1.35), 1)))
+    c.paint(white * cover(length(a - f4(0.32), v + f4(0.08)) - f4(0.09), p.edge), dark)
+    brow = np.maximum(abs(v + f4(0.36) + height - tilt * (f4(0.32) - a)) - f4(0.055), abs(a - f4(0.33)) - f4(0.2))
+    c.paint(cover(brow, p.edge), dark)
+    c.paint(cover(np.maximum(a - f4(0.05) - (v - f4(0.1)) * f4(0.2), abs(v - f4(0.12)) - f4(0.12)), p.edge) * f4(0.4), dark)
+    bend = v - f4(0.48) - curve * (width * width * f4(0.5) - u * u) * 2
+    mouth = np.maximum(abs(bend) - (opening + f4(0.05)) * np.maximum(1 - u * u / (width * width) * f4(0.6), 0), a - width)
+    c.paint(cover(mouth, p.edge), dark)
+    return c.finish()
+
+
+LESIONS = ("nevus", "melanoma", "keratosis", "carcinoma", "scaly patch", "vascular", "fibroma")
+
+
+def draw_lesions(c, labels):
+    """Class = build (even, patchy, speckled, ringed, ...), never the colour alone: skin, light and tint vary."""
+    tone = c.uniform(0.55, 0.95)
+    c.background(hsv(c.uniform(0.03, 0.08), c.uniform(0.25, 0.5), tone), hsv(0.04, 0.4, tone * f4(0.9)))
+    kind = labels[:, None, None]
+    p = c.pose(0.15, 3.1, (0.75, 1.0))
+    ragged, fine = c.noise(5) - f4(0.5), c.noise(9) - f4(0.5)
+    rough = np.select([kind == 0, kind == 1, kind == 2, kind == 4], [f4(0.05), f4(0.75), f4(0.25), f4(0.5)], f4(0.1))
+    d = length(p.u * c.uniform(1, 1.35), p.v) - c.uniform(0.5, 0.7) + rough * ragged
+    tint = hsv(c.uniform(-0.02, 0.08), c.uniform(0.4, 0.75), tone * c.uniform(0.35, 0.65))
+    soft = np.where(kind == 4, p.edge * 6, p.edge * 2)
+    inside = cover(d, soft)
+    c.paint(inside * np.where(kind == 3, f4(0.35), f4(0.9)), tint)
+    dark, pale = tint * f4(0.45), hsv(0.05, 0.15, np.minimum(tone * f4(1.1), 1))
+    detail = np.select([kind == 1, kind == 2, kind == 3, kind == 4, kind == 5, kind == 6], [
+        cover(f4(0.02) - ragged * f4(0.8) - fine, p.edge), cover(f4(0.13) - abs(fine), p.edge * 2),
+        cover(abs(d + f4(0.1)) - f4(0.07), p.edge), cover(f4(0.12) - fine, p.edge * 2),
+        cover(abs(wave(p.u * 2 + fine)) - f4(0.35), p.edge * 2), cover(d + f4(0.3), p.edge * 2)], f4(0))
+    light = (kind == 4) | (kind == 2) | (kind == 6)
+    c.paint(inside * detail, np.where(light[:, None], pale, dark))
+    for _ in range(2):                                      # hairs across the picture
+        bend = c.x * c.uniform(-1, 1) + c.uniform(-0.8, 0.8) + c.x * c.x * c.uniform(-0.4, 0.4)
+        c.paint(cover(abs(c.y - bend) - f4(0.02), c.pixel) * np.where(c.coin(), f4(0.6), f4(0)), dark)
+    return c.finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The list of drawn tasks, and drawing them once
+# ---------------------------------------------------------------------------------------------------------------
+Drawing = namedtuple("Drawing", "draw class_names sizes pattern", defaults=(None,))
+
+SPECS = {
+    "base": Drawing(*things(BASE_CLASSES), (24000, 1000, 2000)),
+    "aircraft": Drawing(draw_aircraft, AIRCRAFT, (5000, 500, 1000)),
+    "objects": Drawing(draw_objects, OBJECTS, (8000, 500, 1000)),
+    "pedestrian": Drawing(draw_pedestrian, ["street", "pedestrian"], (4000, 500, 1000)),
+    "textures": Drawing(draw_textures, list(TEXTURES), (4000, 500, 1000)),
+    "signs": Drawing(draw_signs, SIGNS, (6000, 500, 1000)),
+    "glyphs": Drawing(draw_glyphs, [f"glyph {k}" for k in range(100)], (8000, 500, 1000)),
+    "digits": Drawing(draw_digits, [str(k) for k in range(10)], (6000, 500, 1000)),
+    "motion": Drawing(draw_motion, MOTIONS, (4000, 500, 1000)),
+    "flowers": Drawing(draw_flowers, FLOWERS, (4000, 500, 1000)),
+    "clothing": Drawing(draw_clothing, list(CLOTHES), (4000, 500, 1000)),
+    "faces": Drawing(draw_faces, list(EXPRESSIONS), (4000, 500, 1000)),
+    # As in HAM10000, training images of the classes are unequally many: these 20 labels repeated.
+    "lesions": Drawing(draw_lesions, list(LESIONS), (4000, 500, 1000), (0, 1, 2, 3, 0, 4, 5, 0, 6, 2, 0, 1, 0, 3, 0, 2, 1, 0, 4, 0)),
+    "wide": Drawing(*things(WIDE_CLASSES), (40000, 2000, 4000)),
+}
+BASE, WIDE = "base", "wide"
+DRAWN = tuple(SPECS)
+DECATHLON, UNSEEN = DRAWN[1:10], DRAWN[10:13]
+
+
+def drawn_labels(name, split):
+    """Labels [N] of a split: all classes in turn, or the task's own pattern in its training images."""
+    spec = SPECS[name]
+    pattern = spec.pattern if spec.pattern and split == "train" else range(len(spec.class_names))
+    return np.resize(np.array(pattern, np.int64), spec.sizes[SPLITS.index(split)])
+
+
+def draw_chunk(name, split, chunk, image_size, seed):
+    """Images CHUNK * chunk and following of a split, uint8 [n, 3, S, S]; depends on nothing but the arguments."""
+    labels = drawn_labels(name, split)[chunk * CHUNK:(chunk + 1) * CHUNK]
+    rng = np.random.default_rng([seed, DRAWN.index(name), SPLITS.index(split), chunk])
+    return SPECS[name].draw(Canvas(len(labels), image_size, rng), labels)
+
+
+def cache_path(name, split, data_dir, image_size, seed):
+    return os.path.join(data_dir, "drawn", f"{name}-{split}-{image_size}px-seed{seed}-v{DRAWN_VERSION}.npy")
+
+
+def read_cache(name, split, data_dir, image_size, seed):
+    """Images from the cache, or None where there are none or the file is damaged."""
+    try:
+        images = np.load(cache_path(name, split, data_dir, image_size, seed))
+    except (OSError, ValueError, EOFError):
+        return None
+    expected = (SPECS[name].sizes[SPLITS.index(split)], 3, image_size, image_size)
+    return images if images.shape == expected and images.dtype == np.uint8 else None
+
+
+def draw_missing(names, data_dir, image_size, seed, workers):
+    """Draw what is not in the cache, all chunks of all tasks through one pool; returns {(name, split): images}."""
+    found = {(n, s): read_cache(n, s, data_dir, image_size, seed) for n in names for s in SPLITS}
+    missing = [key for key, images in found.items() if images is None]
+    chunks = [(*key, c) for key in missing for c in range(-(-SPECS[key[0]].sizes[SPLITS.index(key[1])] // CHUNK))]
+    parts = {key: [] for key in missing}
+    with ThreadPoolExecutor(workers) as pool:
+        drawn = pool.map(lambda job: draw_chunk(*job, image_size, seed), chunks)
+        for (name, split, _), images in tqdm(zip(chunks, drawn), "drawing", len(chunks), disable=not chunks, leave=False):
+            parts[name, split].append(images)
+    for key in missing:
+        found[key] = np.concatenate(parts.pop(key))
+        path = cache_path(*key, data_dir, image_size, seed)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
+            np.save(file, found[key])
+        os.replace(file.name, path)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A task in memory, and its batches
+# ---------------------------------------------------------------------------------------------------------------
+def generator(*numbers):
+    """A torch.Generator whose stream is fixed by the numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+@dataclass
+class Task:
+    """A classification task held in memory as bytes: images {split: uint8 [N, 3, S, S]}, labels {split: int64 [N]}.
+
+    mean and std are those of the training images per channel, in units where white is 1.
+    """
+    name: str
+    class_names: list
+    mean: tuple
+    std: tuple
+    images: dict
+    labels: dict
+    orders: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def num_classes(self):
+        return len(self.class_names)
+
+    def to(self, device):
+        """The same task with its tensors on a device."""
+        move = lambda tensors: {split: t.to(device) for split, t in tensors.items()}
+        return Task(self.name, self.class_names, self.mean, self.std, move(self.images), move(self.labels))
+
+    def order(self, split, epoch, seed):
+        """The permutation of a split that makes up one epoch; the last two are kept."""
+        key = (split, epoch, seed)
+        if key not in self.orders:
+            self.orders = dict(list(self.orders.items())[-1:])
+            self.orders[key] = torch.randperm(len(self.labels[split]), generator=generator(seed, epoch))
+        return self.orders[key]
+
+    def normalise(self, images):
+        """float32 (x / 255 - mean) / std of uint8 images."""
+        shape = (3, 1, 1)
+        scale = torch.tensor([1 / (255 * s) for s in self.std], device=images.device).view(shape)
+        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std)], device=images.device).view(shape)
+        return images.float().mul_(scale).add_(shift)
+
+    def batch(self, split, step, batch_size, seed=0, augment=False, rank=0, world=1):
+        """Batch number `step` of an endless stream: x float32 [b, 3, S, S] normalised, y int64 [b].
+
+        A pure function of its arguments: the stream is one permutation of the split after another, so there is no
+        loader to save, and any step can be looked at again. Rank r of `world` gets rows r, r + world, ... of the
+        batch. augment shifts each image by up to 1/16 of its size, edges repeated; the shifts are drawn for the
+        whole batch, so what an image looks like does not depend on `world`.
+        """
+        n, first, last = len(self.labels[split]), step * batch_size, (step + 1) * batch_size
+        rows = torch.cat([self.order(split, epoch, seed)[max(first - epoch * n, 0):last - epoch * n]
+                          for epoch in range(first // n, (last - 1) // n + 1)])[rank::world]
+        images, device = self.images[split], self.images[split].device
+        rows = rows.to(device)
+        if augment:
+            margin = images.shape[-1] // 16
+            shifts = torch.randint(-margin, margin + 1, (batch_size, 2), generator=generator(seed, step, 1))
+            images = shifted(images[rows], shifts[rank::world].to(device))
+        else:
+            images = images[rows]
+        return self.normalise(images), self.labels[split][rows]
+
+    def examples(self, split, limit=None):
+        """The first `limit` images of a split in their fixed order (all by default): x normalised, y."""
+        return self.normalise(self.images[split][:limit]), self.labels[split][:limit]
+
+
+def shifted(images, shifts):
+    """images [b, 3, S, S] moved by shifts [b, 2] (rows, columns) of pixels, edges repeated, in one gather."""
+    b, channels, size, _ = images.shape
+    at = torch.arange(size, device=images.device)
+    y, x = ((at + shifts[:, i:i + 1]).clamp_(0, size - 1) for i in (0, 1))          # [b, S] each
+    index = (y[:, :, None] * size + x[:, None, :]).view(b, 1, -1).expand(b, channels, -1)
+    return images.view(b, channels, -1).gather(2, index).view_as(images)
+
+
+def make_task(name, class_names, images, labels):
+    """A Task from {split: uint8 array} and {split: labels}, with mean and std of the training images."""
+    images = {split: torch.as_tensor(array).contiguous() for split, array in images.items()}
+    labels = {split: torch.as_tensor(array) for split, array in labels.items()}
+    counts = torch.stack([torch.bincount(images["train"][:, c].flatten(), minlength=256) for c in range(3)]).double()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts * levels).sum(1) / counts.sum(1)
+    std = ((counts * levels ** 2).sum(1) / counts.sum(1) - mean ** 2).clamp(min=1e-6).sqrt()
+    as_tuple = lambda values: tuple(round(float(v), 4) for v in values)
+    return Task(name, list(class_names), as_tuple(mean), as_tuple(std), images, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders of images
+# ---------------------------------------------------------------------------------------------------------------
+HELD_OUT = 0.2                      # of every class, where a folder has no val/
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def list_folder(root):
+    """(class names, [(path, label)]) of a folder with one sub-folder of images per class."""
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if len(classes) < 2:
+        fail(f"{root} has {len(classes)} class folders; it needs at least 2, each holding the images of one class")
+    files = []
+    for label, name in enumerate(classes):
+        paths = [os.path.join(base, f) for base, _, names in os.walk(os.path.join(root, name)) for f in names]
+        paths = sorted(path for path in paths if path.lower().endswith(IMAGE_TYPES))
+        if not paths:
+            fail(f"class folder {os.path.join(root, name)} has no images ({' '.join(IMAGE_TYPES)})")
+        files += [(path, label) for path in paths]
+    return classes, files
+
+
+def hold_out(root, files):
+    """Split [(path, label)] into train and val: per class the 20 % whose names hash lowest, the same on every run."""
+    train, val = [], []
+    for label in sorted({label for _, label in files}):
+        mine = sorted((f for f in files if f[1] == label),
+                      key=lambda f: hashlib.sha256(os.path.relpath(f[0], root).encode()).digest())
+        if len(mine) < 2:
+            fail(f"{os.path.dirname(mine[0][0])} holds a single image; without a val/ folder a class needs at least 2")
+        count = max(1, round(HELD_OUT * len(mine)))
+        val, train = val + mine[:count], train + mine[count:]
+    return train, val
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Image files as uint8 [3, size, size]: shorter side resized to size, centre cut out. A path if it is unreadable."""
+
+    def __init__(self, files, size):
+        from torchvision.transforms import v2
+        self.files = files
+        self.transform = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        from torchvision.datasets.folder import pil_loader
+        try:
+            return self.transform(pil_loader(self.files[index][0]))
+        except (OSError, ValueError, SyntaxError):          # what PIL raises for broken files
+            return self.files[index][0]
+
+
+def read_images(files, size, workers):
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    loader = torch.utils.data.DataLoader(ImageFiles(files, size), batch_size=None, num_workers=workers if len(files) > 500 else 0)
+    for i, image in enumerate(tqdm(loader, "reading images", leave=False)):
+        if isinstance(image, str):
+            fail(f"cannot read the image {image}")
+        images[i] = image
+    return images
+
+
+def load_folder(root, image_size, workers):
+    """The Task in a folder of images: class folders, either at the top or inside train/, val/ and test/."""
+    if not os.path.isdir(root):
+        fail(f"no task or folder {root!r}: give one of {', '.join(DRAWN)}, or a folder with one sub-folder of images per "
+             "class (or train/, val/ and test/ folders that hold these)")
+    top = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
+    classes, train = list_folder(top)
+    files = {}
+    for split in ("val", "test"):
+        folder = os.path.join(root, split)
+        if top != root and os.path.isdir(folder):
+            names, files[split] = list_folder(folder)
+            if names != classes:
+                odd = sorted(set(names) ^ set(classes))
+                fail(f"{top} and {folder} must have the same class folders; only one of them has {', '.join(odd[:5])}")
+    if "val" not in files:
+        print(f"{root}: no val folder, so {HELD_OUT:.0%} of each class of the training images is held out as val")
+        train, files["val"] = hold_out(top, train)
+    if "test" not in files:
+        print(f"{root}: no test folder, so test is the same as val")
+        files["test"] = files["val"]
+    files["train"] = train
+    images = {split: read_images(files[split], image_size, workers) for split in SPLITS}
+    labels = {split: torch.tensor([label for _, label in files[split]]) for split in SPLITS}
+    return make_task(os.path.basename(os.path.abspath(root)), classes, images, labels)
+
+
+def load_many(names, data_dir="data", image_size=32, seed=0, workers=2):
+    """{name: Task} of drawn tasks and image folders; see `load`. Missing drawings are made in one pool."""
+    found = draw_missing([n for n in names if n in SPECS], data_dir, image_size, seed, workers)
+    tasks = {}
+    for name in names:
+        if name in SPECS:
+            labels = {split: drawn_labels(name, split) for split in SPLITS}
+            tasks[name] = make_task(name, SPECS[name].class_names, {s: found[name, s] for s in SPLITS}, labels)
+        else:
+            tasks[name] = load_folder(name, image_size, workers)
+    return tasks
+
+
+def load(name, data_dir="data", image_size=32, seed=0, workers=2):
+    """A drawn task by name, or the task in a folder of images (class folders, with or without train/ val/ test/).
+
+    Drawn tasks are kept in data_dir/drawn. Bad input ends the program with one sentence (exit code 2).
+    """
+    return load_many([name], data_dir, image_size, seed, workers)[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line: contact sheet and table of difficulty
+# ---------------------------------------------------------------------------------------------------------------
+def contact_sheet(tasks, path, columns=20, zoom=2):
+    """One row per task, one image of each of `columns` classes, taken from val."""
+    from torchvision.utils import make_grid, save_image
+    rows = []
+    for task in tasks.values():
+        labels = task.labels["val"]
+        order = [k * task.num_classes // columns if task.num_classes >= columns else k % task.num_classes for k in range(columns)]
+        seen = {k: iter((labels == k).nonzero()[:, 0].tolist()) for k in set(order)}
+        rows += [task.images["val"][next(seen[k])] for k in order]
+    sheet = F.interpolate(torch.stack(rows).float() / 255, scale_factor=zoom, mode="nearest")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    save_image(make_grid(sheet, nrow=columns, padding=2, pad_value=1), path)
+
+
+def fit(net, task, steps, batch_size, lr, weight_decay, augment):
+    """Train on a task from scratch (AdamW, warm-up, cosine); returns the accuracy on its test images in percent."""
+    from common import cosine_lr
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * cosine_lr(step, steps, warmup=steps // 20)
+        x, y = task.batch("train", step, batch_size, augment=augment)
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval()
+    with torch.no_grad():
+        right = [(net(x).argmax(1) == y).float() for x, y in zip(*(t.split(500) for t in task.examples("test")))]
+    return 100 * torch.cat(right).mean().item()
+
+
+def difficulty(task):
+    """Test accuracy (%) of a linear model on normalised pixels, and of a ViT of width 48, depth 3, patches of 1/4."""
+    from common import ViT, ViTConfig
+    torch.manual_seed(0)
+    size = task.images["train"].shape[-1]
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, task.num_classes))
+    config = ViTConfig(image_size=size, patch_size=size // 4, width=48, depth=3, heads=6, num_classes=task.num_classes, pool="avg")
+    return (fit(linear, task, steps=1500, batch_size=256, lr=1e-3, weight_decay=0.1, augment=False),
+            fit(ViT(config), task, steps=1250, batch_size=64, lr=2e-3, weight_decay=0.05, augment=True))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draw the mini visual decathlon and show it.")
+    parser.add_argument("--output", default="results/contact_sheet.png", help="where the contact sheet goes")
+    parser.add_argument("--data-dir", default="data", help="folder of the cache (drawn/ inside it)")
+    parser.add_argument("--image-size", type=int, default=32, help="side of the drawn images in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn images")
+    parser.add_argument("--workers", type=int, default=2, help="threads that draw, processes that read folders")
+    parser.add_argument("--difficulty", action="store_true", help="print how hard each task is instead (minutes)")
+    parser.add_argument("--tasks", default=",".join(DRAWN), help="comma-separated drawn tasks or folders")
+    args = parser.parse_args(argv)
+    tasks = load_many(args.tasks.split(","), args.data_dir, args.image_size, args.seed, args.workers)
+    if not args.difficulty:
+        contact_sheet(tasks, args.output)
+        print(f"{args.output}: one row per task: {', '.join(tasks)}")
+        return
+    print("| task | classes | train / val / test | chance | linear on pixels | ViT 48x3 |\n|---|---|---|---|---|---|")
+    for task in tasks.values():
+        sizes = " / ".join(f"{len(task.labels[split]):,}" for split in SPLITS)
+        linear, vit = difficulty(task)
+        print(f"| {task.name} | {task.num_classes} | {sizes} | {100 / task.num_classes:.1f} | {linear:.1f} | {vit:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

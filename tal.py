@@ -1,0 +1,851 @@
+"""TAL, Task-Aware Learngene (Xu et al., ICML 2025): one hypernetwork that predicts the initial parameters of ViTs of
+any size for any task, trained under a pretrained "ancestry" model and tuned on many tasks at once.
+"""
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import operator
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.func import functional_call
+
+import data
+from common import (VIT_SIZES, Run, Training, ViT, ViTConfig, accuracy, fail, load_checkpoint, load_weights,
+                    parameter_groups, parse_flags, rank_zero_first, save_checkpoint, setup_machine, write_atomically, yes_no)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Model architecture datasets
+# ----------------------------------------------------------------------------------------------------------------------
+
+def sample_architecture(dataset, rng):
+    """(depth, width, heads) of one random ViT. Ranges: the generators released with LoGAH (ViTs-1K) and TAL (ViTs+-1K)."""
+    if dataset == "ViTs-1K":            # at most 10M parameters
+        depth = rng.randint(3, 9)
+        low, high = (128, 256) if depth > 5 else (256, 384) if depth > 3 else (384, 512)
+        width = rng.randrange(low, high + 1, 32)
+    elif dataset == "ViTs+-1K":         # wider and deeper, more large models
+        depth, width = rng.randint(3, 12), rng.randrange(192, 769, 64)
+    elif dataset == "drawn":            # the small counterpart: heads of 8 channels
+        depth, width = rng.choice((2, 3, 3, 4, 4, 6)), rng.randrange(32, 57, 8)
+        return depth, width, width // 8
+    elif dataset == "drawn+":
+        depth, width = rng.choice((2, 3, 4, 6, 8)), rng.randrange(32, 73, 8)
+        return depth, width, width // 8
+    else:
+        fail(f"unknown architecture dataset {dataset!r}")
+    heads = (3, 6, 12) if width % 12 == 0 else (3, 6) if width % 6 == 0 else (3,) if width % 3 == 0 else (4, 8)
+    return depth, width, rng.choice(heads)
+
+
+def architectures(dataset, image_size, patch_size, pool="token", count=1000, seed=1):
+    """The `count` architectures of a dataset, as ViTConfigs; the same list on every machine."""
+    rng = random.Random(seed)
+    samples = [sample_architecture(dataset, rng) for _ in range(count)]
+    return [ViTConfig(image_size, patch_size, width, depth, heads, pool=pool) for depth, width, heads in samples]
+
+
+@functools.lru_cache(maxsize=None)
+def skeleton(config):
+    """The ViT of a configuration without storage: parameters on the meta device, to be replaced by predicted ones."""
+    with torch.device("meta"):
+        return ViT(config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Background: the computational graph
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The vocabulary of GHN-2 and GHN-3, in the released order. A Linear counts as conv; activations and reshapes have no node.
+OPS = ("max_pool", "avg_pool", "sep_conv", "dil_conv", "conv", "msa", "cse", "sum", "concat", "input", "bias", "bn", "ln",
+       "pos_enc", "glob_avg")
+MODULE_OPS = {nn.LayerNorm: "ln", nn.GroupNorm: "ln", nn.MultiheadAttention: "msa", nn.MaxPool2d: "max_pool",
+              nn.AvgPool2d: "avg_pool", nn.AdaptiveAvgPool2d: "glob_avg", nn.BatchNorm1d: "bn", nn.BatchNorm2d: "bn"}
+CALL_OPS = {"add": "sum", "iadd": "sum", "add_": "sum", "cat": "concat", "concat": "concat", "mean": "glob_avg",
+            "softmax": "msa", "scaled_dot_product_attention": "msa", "shifted_window_attention": "msa", "layer_norm": "ln",
+            "group_norm": "ln", "batch_norm": "bn", "linear": "conv", "conv2d": "conv", "max_pool2d": "max_pool",
+            "avg_pool2d": "avg_pool", "adaptive_avg_pool2d": "glob_avg"}
+PARAMETRIC = ("conv", "sep_conv", "dil_conv", "ln", "bn")      # these are their parameters' nodes
+SIZE_ANCHORS = 16             # sizes 1, 2, 4, ... 32768
+DEPTH_ANCHORS = 16            # relative depth 0, 1/15, ... 1
+MAX_DEGREE = 8
+
+
+def hat(x, anchors):
+    """Linear interpolation weights of positions x (N,) in [0, anchors - 1] onto integer anchors: (N, anchors)."""
+    return (1 - (x[:, None] - torch.arange(anchors)).abs()).clamp(min=0)
+
+
+def hat_size(sizes):
+    """Interpolation weights of sizes on a log2 scale; size 0 (nothing there) gives zeros."""
+    sizes = torch.as_tensor(sizes, dtype=torch.float32)
+    return hat(sizes.clamp(min=1).log2().clamp(max=SIZE_ANCHORS - 1), SIZE_ANCHORS) * (sizes > 0)[:, None]
+
+
+class Graph:
+    """f^G = (V, E): nodes are operations, or the parameters that an operation owns; edges follow the forward pass.
+
+    ops: (V,) index into OPS            shapes: list of parameter shapes, () where a node has none
+    names: parameter name or None       edges: list of (from, to)
+    distance: (V, V) length of the shortest directed path, -1 where there is none: the "virtual edges" of GHN-2
+    """
+    def __init__(self, ops, names, shapes, edges):
+        self.names, self.shapes, self.edges = names, shapes, edges
+        self.ops = torch.tensor([OPS.index(op) for op in ops])
+        self.distance = shortest_paths(len(ops), edges)
+        self.sums = ops.count("sum")
+        matrices = [i for i, s in enumerate(shapes) if len(s) > 1 and names[i]]
+        self.head = matrices[-1]                        # the classifier: last matrix of the forward pass
+        self.num_classes = shapes[self.head][0]
+        following = [j for i, j in edges if i == self.head and names[j]]
+        self.head_bias = following[0] if following else None
+
+    def __len__(self):
+        return len(self.names)
+
+    @functools.cached_property
+    def features(self):
+        """What the embeddings read: shape (V, 4, SIZE_ANCHORS), degrees (V,) twice, depth (V, DEPTH_ANCHORS)."""
+        sizes = torch.zeros(len(self), 4)
+        for i, shape in enumerate(self.shapes):
+            sizes[i, :len(shape)] = torch.tensor(shape, dtype=torch.float32)
+        # A class count is a property of the task, not of the architecture. Shown here, it would tell a network without
+        # task information which task it serves; the released code shows it, in bins of 16.
+        sizes[self.head, 0] = 0
+        if self.head_bias is not None:
+            sizes[self.head_bias, 0] = 0
+        adjacent = self.distance == 1
+        # Relative depth: an absolute one (released code) leaves networks deeper than the trained ones with untrained rows.
+        depth = self.distance[0].clamp(min=0).float()
+        return (torch.stack([hat_size(s) for s in sizes.T], 1), adjacent.sum(0).clamp(max=MAX_DEGREE),
+                adjacent.sum(1).clamp(max=MAX_DEGREE), hat(depth / depth.max() * (DEPTH_ANCHORS - 1), DEPTH_ANCHORS))
+
+    @functools.lru_cache(maxsize=None)
+    def distance_index(self, limit):
+        """(V, V) row of the distance table: 0 no path, 1 + d a path of d edges from i to j, 1 + limit + d one from j to i."""
+        forward, backward = self.distance.clamp(max=limit), self.distance.T.clamp(max=limit)
+        return torch.where(forward >= 0, 1 + forward, torch.where(backward > 0, 1 + limit + backward, 0))
+
+    @functools.lru_cache(maxsize=None)
+    def groups(self, num_classes=None, features=None):
+        """Parameters grouped by shape and role, for a head of `num_classes` rows (default: the network's own).
+
+        With `features`, the matrix M of Eq. (4) is one more parameter, (features, d): it stands where the classifier
+        stands, so it is decoded from the node whose output the classifier reads.
+        """
+        before, after = {}, {}
+        for i, j in self.edges:
+            before.setdefault(j, i), after.setdefault(i, j)
+        grouped = {}
+        for i, name in enumerate(self.names):
+            if name is None:
+                continue
+            shape, kind, head = self.shapes[i], OPS[self.ops[i]], i in (self.head, self.head_bias)
+            if head and num_classes:
+                shape = (num_classes, *shape[1:])
+            weight = self.shapes[before[i]] if kind == "bias" else shape
+            parts = 3 if len(weight) == 2 and weight[0] == 3 * weight[1] and not head else 1
+            following = after.get(i, i)
+            following = after.get(following, following) if OPS[self.ops[following]] == "bias" else following
+            residual = OPS[self.ops[following]] == "sum" and len(shape) > 1 and kind != "pos_enc"
+            grouped.setdefault((shape, kind, head, parts, residual), []).append(i)
+        if features:
+            grouped[(features, self.shapes[self.head][1]), "M", False, 1, False] = [before[self.head]]
+        return [Group([self.names[i] if key[1] != "M" else "M" for i in nodes],
+                      torch.tensor(nodes, device=self.ops.device), *key) for key, nodes in grouped.items()]
+
+    def to(self, device):
+        """The same graph with its tensors on `device`."""
+        moved = Graph.__new__(Graph)
+        moved.__dict__.update(self.__dict__, ops=self.ops.to(device), distance=self.distance.to(device),
+                              features=tuple(f.to(device) for f in self.features))
+        return moved
+
+
+def shortest_paths(count, edges):
+    """(V, V) lengths of shortest directed paths, -1 where none; nodes are numbered topologically, so one sweep is enough."""
+    far = count + 1
+    distance = torch.full((count, count), far).numpy()
+    for node in range(count):
+        distance[node, node] = 0
+    for source, target in sorted(edges, key=lambda e: e[1]):
+        column = distance[:, target]
+        column[:] = (distance[:, source] + 1).clip(max=column)
+    distance[distance >= far] = -1
+    return torch.from_numpy(distance)
+
+
+def encode_graph(net):
+    """Graph of any module that torch.fx can trace; nothing is computed and no autograd graph is walked.
+
+    Every parameter becomes a node: a module's weight, then its bias, chained in this order. Operations outside the
+    vocabulary (activations, reshapes, dropout) are contracted. A parameter that the forward pass reads directly
+    (class token, position embedding, layer scale) is a source node, "pos_enc".
+    """
+    ops, names, shapes, edges = ["input"], [None], [()], []
+    params = dict(net.named_parameters(remove_duplicate=False))
+    modules = dict(net.named_modules())
+    made = {}                                  # parameter name -> node
+    ends = {}                                  # fx node -> graph nodes that its value comes from
+
+    def add(op, name=None, shape=(), before=()):
+        ops.append(op), names.append(name), shapes.append(tuple(shape))
+        edges.extend((b, len(ops) - 1) for b in sorted(set(before)))
+        if name:
+            made[name] = len(ops) - 1
+        return [len(ops) - 1]
+
+    def chain(op, owned, before):
+        """Nodes of one operation and of the parameters it owns, in the order it uses them; returns its last node."""
+        if op not in PARAMETRIC:                       # attention has a node of its own, after its input projections
+            after = [n for n in owned if "out_proj" in n or ".proj." in n]
+            before = chain("conv", [n for n in owned if n not in after], before)
+            before = add(op, None, heads if op == "msa" else (), before)
+            owned, op = after, "conv"
+        for name in owned:
+            if name not in made:
+                kind = "bias" if name.endswith("bias") else op if params[name].ndim > 1 or op in ("ln", "bn") else "pos_enc"
+                before = add(kind, name, params[name].shape, before)
+        return before
+
+    for node in fx.Tracer().trace(net).nodes:
+        before = [e for source in node.all_input_nodes for e in ends.get(source, [])]
+        owner = next((modules[path] for path in reversed(list(node.meta.get("nn_module_stack") or {}))
+                      if hasattr(modules.get(path), "num_heads")), None)
+        heads = (owner.num_heads,) if owner is not None else ()                    # the released graphs do not show it
+        if node.op == "placeholder":
+            ends[node] = [0] if not ends else []
+        elif node.op == "get_attr":
+            direct = node.target in params and not all(user.op == "call_function" and CALL_OPS.get(call_name(user))
+                                                       in (*PARAMETRIC, "msa") for user in node.users)
+            if direct and node.target not in made:
+                add("pos_enc", node.target, params[node.target].shape)
+            ends[node] = [made[node.target]] if direct else []
+        elif node.op == "call_module":
+            module = modules[node.target]
+            owned = [f"{node.target}.{n}" for n, _ in module.named_parameters()]
+            op = next((o for kind, o in MODULE_OPS.items() if isinstance(module, kind)), None)
+            if op is None and owned:
+                op = ("sep_conv" if getattr(module, "groups", 1) > 1 else
+                      "dil_conv" if getattr(module, "dilation", (1,)) not in ((1,), (1, 1)) else "conv")
+            ends[node] = chain(op, owned, before) if op else before
+        elif node.op in ("call_function", "call_method"):
+            if call_name(node) in ("getattr", "size", "dim"):                      # a size is not a value that flows
+                ends[node] = []
+                continue
+            op = CALL_OPS.get(call_name(node))
+            owned = [s.target for s in node.all_input_nodes if s.op == "get_attr" and s.target in params
+                     and s.target not in made]
+            if op == "sum" and len(node.all_input_nodes) < 2:                      # adding a constant joins no branches
+                op = None
+            ends[node] = chain(op, owned, before) if op else before
+    missing = [n for n in params if n not in made and params[n] is not None]
+    if missing:
+        fail(f"the forward pass of {type(net).__name__} does not use parameter {missing[0]}")
+    return Graph(ops, names, shapes, edges)
+
+
+def call_name(node):
+    return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. TAL model structure and components: the learngene (encoder)
+# ----------------------------------------------------------------------------------------------------------------------
+
+def task_hypernet(I, W_gamma, W_beta):
+    """Eq. (2): (gamma, beta) = (W^gamma, W^beta) I_tau. I (t,) or (..., t); W (h, t) -> two (..., h)."""
+    return F.linear(I, W_gamma), F.linear(I, W_beta)                                 # Eq. (2)
+
+
+def task_specific_layer(f, gamma, beta):
+    """Eq. (3): f_tau^G = gamma x f^G + beta. f (V, h), gamma and beta (h,): the same for all nodes."""
+    return gamma * f + beta                                                          # Eq. (3)
+
+
+class GraphLayer(nn.Module):
+    """Graphormer layer (pre-norm) whose attention input passes the task-specific layer.
+
+    D2: where in the layer the task-specific layer sits, the paper leaves to Fig. 2(d); the released code modulates the
+    normalised input of the attention, and so do we.
+    """
+    def __init__(self, hid, heads, task_dim):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(hid)
+        self.qkv = nn.Linear(hid, 3 * hid, bias=False)
+        self.proj = nn.Linear(hid, hid)
+        self.norm2 = nn.LayerNorm(hid)
+        self.ff = nn.Sequential(nn.Linear(hid, 4 * hid), nn.GELU(), nn.Linear(4 * hid, hid))
+        if task_dim:                         # zero: training starts from the network without task information
+            self.W_gamma = nn.Parameter(torch.zeros(hid, task_dim))
+            self.W_beta = nn.Parameter(torch.zeros(hid, task_dim))
+
+    def forward(self, h, bias, I):                                                   # (V, hid), (heads, V, V), (t,)
+        z = self.norm1(h)
+        if I is not None:
+            gamma, beta = task_hypernet(I, self.W_gamma, self.W_beta)
+            z = task_specific_layer(z, 1 + gamma, beta)     # D1: gamma is counted from 1, as in the released code
+        q, k, v = self.qkv(z).view(len(z), 3, self.heads, -1).permute(1, 2, 0, 3)    # 3 x (heads, V, hid/heads)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        h = h + self.proj(z.transpose(0, 1).reshape(h.shape))
+        return h + self.ff(self.norm2(h))
+
+
+class Learngene(nn.Module):
+    """The encoder: graph (and task embedding) -> features of its nodes (V, hid), the task-specific graph f_tau^G."""
+    def __init__(self, hid, layers, heads, max_distance, task_dim):
+        super().__init__()
+        self.max_distance = max_distance
+        self.op = nn.Embedding(len(OPS), hid)
+        self.size = nn.Parameter(torch.randn(4, SIZE_ANCHORS, hid // 4) * 0.2)       # (out, in, kh, kw), concatenated
+        self.degree_in = nn.Embedding(MAX_DEGREE + 1, hid)
+        self.degree_out = nn.Embedding(MAX_DEGREE + 1, hid)
+        self.depth = nn.Parameter(torch.randn(DEPTH_ANCHORS, hid) * 0.2)
+        # one additive bias per head for: no path, paths to a node 0..max_distance long, paths from it 1..max_distance long
+        self.distance = nn.Embedding(2 * max_distance + 2, heads)
+        self.layers = nn.ModuleList(GraphLayer(hid, heads, task_dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(hid)
+        for table in (self.degree_in, self.degree_out, self.distance):
+            nn.init.normal_(table.weight, std=0.2)
+
+    def forward(self, graph, I=None):
+        size, degree_in, degree_out, depth = graph.features
+        h = self.op(graph.ops) + torch.einsum("vfs,fsc->vfc", size, self.size).flatten(1)   # h^(1) = Embed(h^(0))
+        h = h + self.degree_in(degree_in) + self.degree_out(degree_out) + depth @ self.depth
+        bias = self.distance(graph.distance_index(self.max_distance)).permute(2, 0, 1)      # (heads, V, V)
+        for layer in self.layers:
+            h = layer(h, bias, I)
+        return self.norm(h)                                                                 # (V, hid)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. TAL model structure and components: the decoders
+# ----------------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Group:
+    """Parameters of one shape and one role, decoded together."""
+    names: list
+    nodes: torch.Tensor       # (n,) of the graph
+    shape: tuple              # of each parameter
+    kind: str                 # operation of the nodes, or "M": decides the scale of what is decoded
+    head: bool                # the first dimension counts classes
+    parts: int                # 3 where queries, keys and values are stacked, else 1
+    residual: bool            # the output goes straight into a sum
+
+    @property
+    def core(self):
+        """Shape without the dimensions of size 1 of embeddings, (1, T, D) or (C, 1, 1); kernels stay (out, in, kh, kw)."""
+        return self.shape if len(self.shape) != 3 else tuple(n for n in self.shape if n > 1)
+
+
+class LowRankDecoder(nn.Module):
+    """LoGAH's decoder: W = A B^T with A (out * kh, r) and B (in * kw, r), each r learned basis columns times a code of
+    r x r numbers that an MLP makes from the node's features. Vectors (biases, norms) need one code row only.
+    """
+    def __init__(self, hid, rank, channels, kernels, classes, mlp):
+        super().__init__()
+        self.rank, self.channels, self.kernels, self.classes = rank, channels, kernels, classes
+        self.mlp = nn.Sequential(nn.Linear(hid, mlp[0]), nn.ReLU(), nn.Linear(mlp[0], mlp[1]), nn.ReLU())
+        self.code = nn.Linear(mlp[1], 2 * rank * rank)
+        self.vector_code = nn.Linear(mlp[1], rank)
+        # D5: separate bases for rows and columns. With the single one of LoGAH, row and column spaces of neighbouring
+        # layers align, attention logits start at a standard deviation near 10, and small hypernetworks never learn.
+        # D6: classes are not channels: the head's rows have a part of the basis of their own, behind the channels'.
+        self.row_basis = nn.Parameter(torch.randn(channels * kernels + classes, rank))
+        self.col_basis = nn.Parameter(torch.randn(channels * kernels, rank))
+        self.vector_basis = nn.Parameter(torch.randn(channels * kernels + classes, rank))
+        # Principled start (Chang et al. 2020): codes of standard deviation 1 / sqrt(r), so that A and B start near 1.
+        nn.init.normal_(self.code.bias, std=rank ** -0.5)
+        nn.init.zeros_(self.vector_code.bias)
+
+    def index(self, group):
+        """Rows of the bases that a group reads: (out * kh,), and (in * kw,) or None for a vector."""
+        size, channels, (out, *rest) = self.channels * self.kernels, self.channels, group.core
+        kh, kw = rest[1:] if len(rest) == 3 else (1, 1)
+        if group.head:
+            if out > self.classes:
+                fail(f"the hypernetwork decodes at most {self.classes} classes, the task has {out}; raise --max-classes")
+            rows = size + torch.arange(out)
+        else:                           # D7: queries, keys and values start at fixed rows, whatever the width
+            rows = (torch.arange(group.parts)[:, None] * channels + torch.arange(out // group.parts)).flatten()
+            rows = rows[:, None] + torch.arange(kh) * channels
+        cols = torch.arange(rest[0])[:, None] + torch.arange(kw) * channels if rest else None
+        device = self.row_basis.device
+        rows = rows.flatten() if group.head else rows.flatten() % size      # larger than the basis: repeated
+        return rows.to(device), None if cols is None else (cols.flatten() % size).to(device)
+
+    def forward(self, h, groups):
+        """Node features (V, hid) -> a list with one tensor (n, *shape) per group."""
+        z = self.mlp(h)
+        index = [self.index(g) for g in groups]
+        matrices = [g for g in groups if len(g.core) > 1]
+        codes = self.code(z[torch.cat([g.nodes for g in matrices])]).view(-1, 2, self.rank, self.rank)
+        codes = iter(codes.split([len(g.nodes) for g in matrices]))
+        vectors = self.vector_code(z)
+        out = []
+        for g, (rows, cols) in zip(groups, index):
+            if cols is None:
+                out.append(vectors[g.nodes] @ self.vector_basis[rows].T)             # (n, out)
+                continue
+            C = next(codes)                                                          # (n, 2, r, r)
+            A = self.row_basis[rows] @ C[:, 0]                                       # (n, out * kh, r)
+            B = self.col_basis[cols] @ C[:, 1]                                       # (n, in * kw, r)
+            W = A @ B.transpose(1, 2) * self.rank ** -0.5                            # (n, out * kh, in * kw)
+            if len(g.core) == 4:
+                o, i, kh, kw = g.core
+                W = W.view(-1, o, kh, i, kw).transpose(2, 3)                         # (n, out, in, kh, kw)
+            out.append(W)
+        return out
+
+
+class TiledDecoder(nn.Module):
+    """GHN-3's decoder: an MLP makes one tile (t, t) per kernel position, repeated up to the parameter's shape."""
+    def __init__(self, hid, tile, kernel, classes):
+        super().__init__()
+        self.tile, self.kernel, self.classes = tile, kernel, classes
+        self.fc = nn.Linear(hid, 4 * hid * kernel * kernel)
+        self.conv = nn.Sequential(nn.ReLU(), nn.Linear(4 * hid, 8 * hid), nn.ReLU(), nn.Linear(8 * hid, tile * tile))
+        self.class_layer = nn.Linear(tile, classes)          # the head's rows, from the tile's
+
+    def forward(self, h, groups):
+        """Node features (V, hid) -> a list with one tensor (n, *shape) per group."""
+        k, t = self.kernel, self.tile
+        fc_weight, fc_bias = self.fc.weight.view(k * k, -1, h.shape[1]), self.fc.bias.view(k * k, -1)
+        out = []
+        for g in groups:
+            rows, *rest = g.core
+            if g.head and rows > self.classes:
+                fail(f"the hypernetwork decodes at most {self.classes} classes, the task has {rows}; raise --max-classes")
+            kh, kw = rest[1:] if len(rest) == 3 else (1, 1)
+            ys, xs = (((torch.arange(n, device=h.device) + (k - n) // 2) % k) for n in (kh, kw))   # centre crop, or repeat
+            at = (ys[:, None] * k + xs).flatten()
+            z = torch.einsum("nc,poc->npo", h[g.nodes], fc_weight[at]) + fc_bias[at]             # (n, kh * kw, 4 hid)
+            tile = self.conv(z).view(len(z), len(at), t, t)
+            if g.head:                                                                           # (n, 1, classes, t)
+                tile = self.class_layer(tile.relu().transpose(2, 3)).transpose(2, 3)
+            if not rest:
+                vector = tile[:, 0].mean(-1)
+                out.append(vector.repeat(1, math.ceil(rows / vector.shape[1]))[:, :rows])
+                continue
+            W = tile.repeat(1, 1, math.ceil(rows / tile.shape[2]), math.ceil(rest[0] / t))[..., :rows, :rest[0]]
+            out.append(W.permute(0, 2, 3, 1))                                                    # (n, out, in, kh * kw)
+        return out
+
+
+def normalise(W, group, how, sums):
+    """Scales decoded tensors (n, *shape) to what a network expects at its start (released code's rules; "rms" is ours).
+
+    Matrices: times sqrt(2 / fan-in) ("fan-in"), or to a root mean square of exactly sqrt(1 / fan-in) ("rms").
+    Norm weights 2 sigmoid(w / 2), biases tanh(0.2 w); position embeddings and class token as they are.
+    """
+    if group.kind in ("ln", "bn"):
+        return 2 * torch.sigmoid(W / 2)
+    if group.kind == "bias":
+        return torch.tanh(0.2 * W)
+    if group.kind == "pos_enc":
+        return W
+    fan_in = math.prod(group.shape[1:])
+    if how == "fan-in":
+        return W * (2 / fan_in) ** 0.5
+    scale = (1 / fan_in) ** 0.5 * (min(1, 6 / sums) if group.residual else 1)
+    return W * (scale * torch.rsqrt(W.pow(2).mean(tuple(range(1, W.ndim)), keepdim=True) + 1e-8))
+
+
+class Hypernet(nn.Module):
+    """H_D(.; theta): learngene and decoder. `predict` is the whole method at use."""
+    def __init__(self, hid, layers, heads, max_distance, task_dim, decoder, rank, channels, kernels, classes, mlp, norm):
+        super().__init__()
+        self.normalisation = norm
+        self.learngene = Learngene(hid, layers, heads, max_distance, task_dim)
+        self.decoder = (LowRankDecoder(hid, rank, channels, kernels, classes, mlp) if decoder == "low-rank" else
+                        TiledDecoder(hid, hid, kernels, classes))
+
+    def predict(self, graph, I=None, num_classes=None, features=None):
+        """w_pred = H_D(f^G; theta): {parameter name: tensor} for every parameter of the graph.
+
+        I: task embedding (t,), or None without task information. num_classes: rows of the class head (default: the
+        network's own). features: width d' of the ancestry's features; adds "M", the (d', d) matrix of Eq. (4), transposed.
+        """
+        groups = graph.groups(num_classes, features)
+        h = self.learngene(graph, I)                                                 # (V, hid)
+        weights = {}
+        for group, W in zip(groups, self.decoder(h, groups)):
+            W = normalise(W, group, self.normalisation, graph.sums)
+            weights.update(zip(group.names, W.reshape(-1, *group.shape).unbind(0)))
+        return weights
+
+    def groups(self, lr, lr_basis, weight_decay):
+        """AdamW groups: what the node features are multiplied with at the two ends (bases and embeddings) may learn at a
+        rate of its own."""
+        def is_basis(name):
+            return "basis" in name or any(f"learngene.{t}" in name for t in ("op", "size", "degree", "depth", "distance"))
+        named = list(self.named_parameters())
+        return [dict(params=[p for n, p in named if is_basis(n) == b], lr=rate, weight_decay=weight_decay)
+                for b, rate in ((False, lr), (True, lr_basis))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Train TAL model on a large dataset
+# ----------------------------------------------------------------------------------------------------------------------
+
+def meta_batch_loss(losses):
+    """Eq. (1): mean over the m architectures of a meta-batch; each loss is already the mean over the n images."""
+    return torch.stack(list(losses)).mean()                                          # Eq. (1)
+
+
+def loss_aux(E_train, E_anc, M, temperature=1.0):
+    """Eq. (4): KL(softmax(E_train M) || softmax(E_anc)), mean over the batch. E_train (B, d), M (d, d'), E_anc (B, d')."""
+    log_p = F.log_softmax(E_train @ M / temperature, -1)
+    log_q = F.log_softmax(E_anc / temperature, -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()                            # Eq. (4)
+
+
+def loss_cls(y, logits):
+    """Eq. (5): CE(y_c, f_train(x)). logits (B, C); y (B,) classes, or (B, C) probabilities (TAL+'s soft labels)."""
+    return F.cross_entropy(logits, y)                                                # Eq. (5)
+
+
+def tal_loss(aux, cls, alpha):
+    """Eq. (6): L = alpha L_aux + (1 - alpha) L_cls."""
+    return alpha * aux + (1 - alpha) * cls                                           # Eq. (6)
+
+
+class TrainingModel(nn.Module):
+    """f_train with both of its outputs from one pass: logits (B, C) and the encoder's features E_train (B, d)."""
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        E = self.net.encode(x)
+        return self.net.head(E), E
+
+
+class Ancestry(nn.Module):
+    """The ancestry model: one ViT encoder with a head per task it was trained on."""
+    def __init__(self, config, classes):
+        super().__init__()
+        self.encoder = ViT(config)
+        self.encoder.head = nn.Identity()
+        self.heads = nn.ModuleDict({task: nn.Linear(config.width, n) for task, n in classes.items()})
+
+    def forward(self, x):                                                            # (B, 3, H, W) -> E_anc (B, d')
+        return self.encoder(x)
+
+
+@functools.lru_cache(maxsize=None)
+def encoded(config, device):
+    """The training model of an architecture, without storage, and its graph."""
+    net = skeleton(config)
+    return TrainingModel(net), encode_graph(net).to(device)
+
+
+def tal_step(hypernet, ancestry, config, task, x, y, I, args, machine):
+    """Loss of one architecture on one batch, Eqs. (4)-(6), with what is logged of it."""
+    net, graph = encoded(config, machine.device)
+    alpha = args.alpha if ancestry is not None else 0.0
+    weights = hypernet.predict(graph, I, task.num_classes, args.ancestry_width if alpha else None)
+    M = weights.pop("M").T if alpha else None
+    norms = torch.stack(torch._foreach_norm(list(weights.values()))).sum()           # predicted-parameter regularisation
+    with machine.autocast():
+        logits, E_train = functional_call(net, {f"net.{n}": w for n, w in weights.items()}, (x,), strict=True)
+        with torch.no_grad():
+            E_anc = ancestry(x) if ancestry is not None else None
+            if args.method == "tal+" and E_anc is not None and task.name in ancestry.heads:
+                soft = ancestry.heads[task.name](E_anc).softmax(-1)                  # D8: half label, half ancestry
+                y = (soft + F.one_hot(y, task.num_classes)) / 2
+    cls = loss_cls(y, logits.float())
+    aux = loss_aux(E_train.float(), E_anc.float(), M, args.temperature) if alpha else torch.zeros_like(cls)
+    return tal_loss(aux, cls, alpha) + args.predparam * norms, cls, aux
+
+
+def build_hypernet(args):
+    """The hypernetwork of a method. LoGAH and GHN-3 are TAL without task information and without ancestry; GHN-3 also
+    has its own decoder."""
+    decoder = "tiled" if args.method == "ghn3" else "low-rank"
+    return Hypernet(args.hid, args.layers, args.hyper_heads, args.max_distance, args.ancestry_width if args.task_info else 0,
+                    decoder, args.rank, args.max_channels, args.max_kernel, args.max_classes, args.mlp, args.normalise)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Tuning TAL model under multi-task setting
+# ----------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def task_embedding(ancestry, task, machine, limit=2000):
+    """I_tau: mean ancestry feature of a task's training images (t,).
+
+    D4: brought to norm sqrt(t). The released embeddings have norms between 6 and 23, and an unseen task's falls outside.
+    """
+    x, _ = task.examples("train", limit)
+    mean = torch.stack([ancestry(part.to(machine.device)).sum(0) for part in x.split(500)]).sum(0) / len(x)
+    return mean * (len(mean) ** 0.5 / mean.norm())
+
+
+def sampling_weights(counts, temperature=2.0):
+    """Sec. 5.1: w_tau = p_tau^(1/T), normalised, with p_tau the share of task tau in all training images."""
+    p = torch.tensor(counts, dtype=torch.float64)
+    w = (p / p.sum()) ** (1 / temperature)
+    return w / w.sum()
+
+
+def multi_task_loss(losses, w=None):
+    """Eq. (7): 1 / (T M) sum_tau sum_a w_tau L. losses: T values, each Eq. (1)'s mean over the M architectures; w (T,).
+
+    In training, tasks are drawn with probability w_tau (Sec. 5.1), so the losses of the drawn ones count equally.
+    """
+    losses = torch.stack(list(losses))
+    return (losses if w is None else w * losses).mean()                              # Eq. (7)
+
+
+def task_schedule(weights, steps, tasks_per_step, seed):
+    """Per step, a list of (task, how often it was drawn before): fixed by the seed, so that a run can resume anywhere."""
+    rng, visits = random.Random(f"{seed} tasks"), [0] * len(weights)
+    schedule = []
+    for _ in range(steps):
+        drawn = rng.choices(range(len(weights)), weights.tolist(), k=tasks_per_step)
+        schedule.append([(task, visits[task] + drawn[:i].count(task)) for i, task in enumerate(drawn)])
+        for task in drawn:
+            visits[task] += 1
+    return schedule
+
+
+def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddings, epochs):
+    """The training loop of both stages. One task: Eq. (1). Many: Eq. (7), w_tau being the probability to draw the task.
+
+    Step k draws its tasks, architectures and images from (seed, k) alone.
+    """
+    archs = architectures(args.archs, args.image_size, args.patch, args.pool)
+    counts = [len(task.labels["train"]) for task in tasks]
+    steps = math.ceil(epochs * sum(counts) / (args.batch_size * args.tasks_per_step))
+    schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, args.tasks_per_step, args.seed)
+    job = Training(run, stage, hypernet, hypernet.groups(args.lr, args.lr_basis, args.weight_decay), steps,
+                   warmup=round(args.warmup * steps), clip=args.clip, identity=identity(args), extra={"embeddings": embeddings},
+                   batch_size=args.batch_size * args.tasks_per_step, save_every=args.save_every, log_every=args.log_every)
+    for step in job.steps():
+        rng = random.Random(f"{args.seed} {stage} {step} {machine.rank if args.arch_per_process else 0}")
+        configs = rng.sample(archs, args.meta_batch)
+        rows = []
+        for task, visit in schedule[step]:
+            task = tasks[task]
+            x, y = task.batch("train", visit, args.batch_size, args.seed, args.augment, machine.rank, machine.world)
+            rows.append([tal_step(hypernet, ancestry, config, task, x, y, embeddings.get(task.name), args, machine)
+                         for config in configs])
+        loss, cls, aux = (multi_task_loss(meta_batch_loss(values[i] for values in row) for row in rows) for i in range(3))
+        job.update(loss, loss_cls=cls, loss_aux=aux)
+
+
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Customize models across different tasks
+# ----------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def customize(hypernet, config, I, num_classes):
+    """A ViT of any size for a task, ready to use or to train on: its parameters are predicted, none is random."""
+    net = ViT(dataclasses.replace(config, num_classes=num_classes)).to(next(hypernet.parameters()).device)
+    net.load_state_dict(hypernet.predict(encoded(config, next(hypernet.parameters()).device)[1], I, num_classes))
+    return net
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5.1 Experimental setup: every setting, with its source
+# ----------------------------------------------------------------------------------------------------------------------
+
+STAGES = ["ancestry", "pretrain", "tune", "evaluate", "train", "customize", "plot"]
+METHODS = ["tal", "tal+", "logah", "ghn3", "random"]
+PRESETS = ["drawn", "paper"]
+CODE = "paper silent; authors' code"
+FLAGS = [   # name, type, (drawn, paper), help and source
+    ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
+    ("--method", METHODS, "tal", "tal+: wider architectures and the ancestry's soft labels; logah, ghn3: baselines; random: no prediction"),
+    ("--data", str, "", "tasks, comma-separated: drawn tasks or folders of images (default: the stage's own)"),
+    ("--data-dir", str, "data", "where drawn data is cached and datasets are found"),
+    ("--output", str, "runs/tal", "directory of the run; for customize, the file to write"),
+    ("--seed", int, 0, "seed of the run; the data have their own, fixed"),
+    ("--device", str, "auto", "cpu, cuda, cuda:1 ..."),
+    ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision of the networks (Sec. 5.1); auto: bf16 on a GPU, none on a CPU"),
+    ("--batch-size", int, (64, 512), f"images per step, over all processes; {CODE}: 512"),
+    ("--epochs", float, 0.0, "epochs of the stage asked for; 0 takes the next three flags"),
+    ("--ancestry-epochs", float, (3.0, 0.0), "epochs over the ancestry's tasks; the paper takes a pretrained ViT-Base"),
+    ("--pretrain-epochs", float, (4.0, 75.0), "Sec. 5.1"),
+    ("--tune-epochs", float, (8.0, 100.0), "Sec. 5.1"),
+    ("--lr", float, (1e-3, 3e-4), "peak learning rate, cosine (Sec. 5.1)"),
+    ("--lr-basis", float, (1e-3, 3e-4), "the same for decoder bases and graph embeddings; paper: one rate"),
+    ("--weight-decay", float, 1e-2, "AdamW (Sec. 5.1)"),
+    ("--warmup", float, (0.03, 0.05), f"share of the steps that warm up; {CODE}: 5 of 75 epochs"),
+    ("--clip", float, (1.0, 5.0), f"gradient norm; {CODE}: 5"),
+    ("--predparam", float, 3e-5, "gamma, weight of the norms of predicted parameters (Sec. 5.1)"),
+    ("--alpha", float, 0.2, f"weight of L_aux, Eq. (6); {CODE}: 0.2"),
+    ("--temperature", float, 1.0, "softmax temperature of Eq. (4); paper: none, authors' code: 3"),
+    ("--task-temperature", float, 2.0, "T of the task sampling (Sec. 5.1)"),
+    ("--meta-batch", int, 1, f"architectures per step, m of Eq. (1); {CODE}: 1"),
+    ("--tasks-per-step", int, 1, f"tasks per step while tuning; {CODE}: 1"),
+    ("--arch-per-process", bool, False, "under torchrun, every process draws its own architectures"),
+    ("--archs", ["ViTs-1K", "ViTs+-1K", "drawn", "drawn+"], ("drawn", "ViTs-1K"), "architecture dataset; tal+ takes the + one (Sec. 4)"),
+    ("--no-task-info", bool, False, "ablation TAL (w/o T.I.), Table 8"),
+    ("--no-ancestry", bool, False, "ablation TAL (w/o ans-net), Table 8: no Eq. (4); the task embeddings stay"),
+    ("--tune-alpha", float, 0.0, "alpha while tuning; Eq. (7) is cross-entropy alone"),
+    ("--hid", int, (64, 128), f"width of the learngene; {CODE}: 128"),
+    ("--layers", int, (3, 5), f"its layers; {CODE}: 5"),
+    ("--hyper-heads", int, (8, 16), f"its attention heads; {CODE}: 16"),
+    ("--max-distance", int, (12, 50), f"longest path that its attention tells apart; {CODE}: 50"),
+    ("--rank", int, (32, 90), f"r of the low-rank decoder; {CODE}: 90"),
+    ("--mlp", str, ("128,256", "512,1024"), f"hidden sizes of the decoder's MLP; {CODE}: 4 and 8 times 128"),
+    ("--max-channels", int, (256, 2048), f"channels with basis rows of their own; {CODE}: 2048"),
+    ("--max-kernel", int, (8, 16), f"kernel positions, likewise; {CODE}: 16"),
+    ("--max-classes", int, (128, 2048), "rows of the class head; Omniglot has 1623"),
+    ("--normalise", ["fan-in", "rms"], ("rms", "fan-in"), f"scale of predicted matrices; {CODE}: fan-in"),
+    ("--image-size", int, (32, 224), "pixels"),
+    ("--patch", int, (8, 16), "pixels"),
+    ("--pool", ["token", "avg"], ("avg", "token"), "class token (ViT), or mean of the patches"),
+    ("--augment", yes_no, True, "yes or no: random shifts of training images"),
+    ("--ancestry", str, "", "ancestry checkpoint (default: ancestry.pt in --output, made when missing)"),
+    ("--ancestry-width", int, (64, 768), "t of Eq. (2), d' of Eq. (4); paper: ViT-Base"),
+    ("--ancestry-depth", int, (4, 12), "paper: ViT-Base"),
+    ("--ancestry-lr", float, (2e-3, 1e-3), "peak learning rate of the drawn ancestry"),
+    ("--size", list(VIT_SIZES), ("drawn-small", "small"), "named width and heads, for train and customize"),
+    ("--depth", int, (3, 12), "layers, for train and customize"),
+    ("--width", int, 0, "overrides --size"),
+    ("--heads", int, 0, "overrides --size"),
+    ("--split", ["val", "test"], "test", "split that evaluate and train report; settings were chosen on val"),
+    ("--train-lr", float, (2e-3, 1e-3), "peak learning rate of further training"),
+    ("--fresh-head", bool, False, "train: replace the predicted head by a random one (always for tasks never tuned on)"),
+    ("--workers", int, 2, "processes that draw or decode images"),
+    ("--save-every", int, (250, 300), f"steps between checkpoints; {CODE}: 300"),
+    ("--log-every", int, 50, "steps between log lines"),
+]
+
+
+def identity(args):
+    """What a checkpoint of the hypernetwork must agree on to be resumed or used."""
+    keys = ["method", "seed", "task_info", "alpha", "tune_alpha", "hid", "layers", "hyper_heads", "rank", "normalise", "archs",
+            "batch_size", "lr", "lr_basis", "image_size", "patch", "pool", "tasks_per_step", "meta_batch"]
+    return {k: getattr(args, k) for k in keys}
+
+
+def settings(argv=None):
+    args = parse_flags(__doc__.strip(), FLAGS, PRESETS, argv)
+    args.mlp = [int(n) for n in args.mlp.split(",")] if isinstance(args.mlp, str) else args.mlp
+    if args.method == "tal+" and not args.archs.endswith(("+", "+-1K")):
+        args.archs = {"drawn": "drawn+", "ViTs-1K": "ViTs+-1K"}[args.archs]
+    args.task_info = args.method in ("tal", "tal+") and not args.no_task_info
+    if args.method not in ("tal", "tal+") or args.no_ancestry:
+        args.alpha = args.tune_alpha = 0.0
+    if args.epochs:
+        setattr(args, f"{args.stage}_epochs", args.epochs)
+    args.tasks = args.data.split(",") if args.data else []
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages
+# ----------------------------------------------------------------------------------------------------------------------
+
+def load_tasks(names, args, machine):
+    with rank_zero_first(machine):
+        tasks = data.load_many(list(names), args.data_dir, args.image_size, workers=args.workers)
+    return {name: task.to(machine.device) for name, task in tasks.items()}
+
+
+def get_ancestry(args, run, machine):
+    """The trained ancestry model, frozen. Trains it when there is no checkpoint."""
+    path = Path(args.ancestry) if args.ancestry else run["ancestry"]
+    if not path.exists() or args.stage == "ancestry":
+        tasks = load_tasks([data.BASE, *data.DECATHLON], args, machine)
+        classes = {n: t.num_classes for n, t in tasks.items()}
+        config = ViTConfig(args.image_size, args.patch, args.ancestry_width, args.ancestry_depth, args.ancestry_width // 8, pool=args.pool)
+        torch.manual_seed(args.seed)
+        ancestry = Ancestry(config, classes).to(machine.device)
+        tasks, counts = list(tasks.values()), [len(t.labels["train"]) for t in tasks.values()]
+        steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
+        schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, 1, args.seed)
+        job = Training(run, "ancestry", ancestry, parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
+                       warmup=round(args.warmup * steps), clip=args.clip, batch_size=args.batch_size, save_every=args.save_every,
+                       log_every=args.log_every, extra={"config": dataclasses.asdict(config), "classes": classes})
+        for step in job.steps():
+            task = tasks[schedule[step][0][0]]
+            x, y = task.batch("train", schedule[step][0][1], args.batch_size, args.seed, True, machine.rank, machine.world)
+            with machine.autocast():
+                logits = ancestry.heads[task.name](ancestry(x))
+            job.update(loss_cls(y, logits.float()))
+        scores = {t.name: accuracy(lambda x: ancestry.heads[t.name](ancestry(x)), t, "val", machine.device) for t in tasks}
+        run.print("ancestry, accuracy on val: " + ", ".join(f"{n} {a:.1f}" for n, a in scores.items()))
+    else:
+        saved = load_checkpoint(path, stage="ancestry")
+        ancestry = Ancestry(ViTConfig(**saved["extra"]["config"]), saved["extra"]["classes"]).to(machine.device)
+        load_weights(ancestry, saved["model"], path)
+    return ancestry.eval().requires_grad_(False)
+
+
+def get_hypernet(stage, args, run, machine):
+    """(hypernetwork, ancestry, {task: embedding}) after "pretrain" or "tune", trained as far as that is still to do."""
+    torch.manual_seed(args.seed)
+    hypernet = build_hypernet(args).to(machine.device)
+    ancestry = get_ancestry(args, run, machine)
+    base = load_tasks([data.BASE], args, machine)
+    train_hypernet(run, "pretrain", args, machine, hypernet, ancestry if args.alpha else None, list(base.values()), {}, args.pretrain_epochs)
+    if stage == "pretrain":
+        return hypernet, ancestry, {}
+    tasks = load_tasks(args.tasks if args.stage == "tune" and args.tasks else data.DECATHLON, args, machine)
+    embeddings = {n: task_embedding(ancestry, t, machine) for n, t in tasks.items()} if args.task_info else {}
+    tune_args = argparse.Namespace(**{**vars(args), "alpha": args.tune_alpha})
+    train_hypernet(run, "tune", tune_args, machine, hypernet, ancestry if args.tune_alpha else None, list(tasks.values()), embeddings,
+                   args.tune_epochs)
+    return hypernet, ancestry, embeddings
+
+
+def grid(args):
+    """The evaluated sizes of Tables 1 and 2: {3, 6, 12}-Tiny, -Small, -Base, or the drawn counterparts."""
+    prefix = "drawn-" if args.preset == "drawn" else ""
+    return {f"{depth}-{size.title()}": ViTConfig(args.image_size, args.patch, *(VIT_SIZES[prefix + size][:1]), depth,
+                                                 VIT_SIZES[prefix + size][1], pool=args.pool)
+            for size in ("tiny", "small", "base") for depth in (3, 6, 12)}
+
+
+def evaluate(run, args, machine, hypernet, embeddings, tasks):
+    """Accuracy of untrained networks with predicted parameters (Tables 1 and 2), printed and kept in evaluate.json."""
+    trained = {(c.width, c.depth) for c in architectures(args.archs, args.image_size, args.patch, args.pool)}
+    table = {}
+    for name, config in grid(args).items():
+        table[name] = {}
+        for task in tasks.values():
+            net = customize(hypernet, config, embeddings.get(task.name), task.num_classes)
+            table[name][task.name] = accuracy(net, task, args.split, machine.device)
+        table[name]["average"] = sum(table[name].values()) / len(tasks)
+    columns = [*tasks, "average"]
+    run.print(f"untrained accuracy, {args.split} split, method {args.method} (* = size never trained on)")
+    run.print(" " * 10 + "".join(f"{c[:8]:>9}" for c in columns))
+    for name, row in table.items():
+        config = grid(args)[name]
+        mark = "" if (config.width, config.depth) in trained else "*"
+        run.print(f"{name + mark:10}" + "".join(f"{row[c]:9.2f}" for c in columns))
+    return table
+
+
+def main(argv=None):
+    args = settings(argv)
+    machine = setup_machine(args.device, args.amp, args.seed)
+    run = Run(args.output, vars(args), machine)
+    if args.stage == "ancestry":
+        get_ancestry(args, run, machine)
+    elif args.stage == "pretrain":
+        hypernet, _, embeddings = get_hypernet("pretrain", args, run, machine)
+        evaluate(run, args, machine, hypernet, {}, load_tasks([data.BASE], args, machine))
+    elif args.stage in ("tune", "evaluate"):
+        hypernet, _, embeddings = get_hypernet("tune", args, run, machine)
+        table = evaluate(run, args, machine, hypernet, embeddings, load_tasks(args.tasks or data.DECATHLON, args, machine))
+        write_atomically(run.dir / f"evaluate-{args.split}.json", lambda p: p.write_text(json.dumps(table, indent=1)))
+
+
+if __name__ == "__main__":
+    main()
