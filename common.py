@@ -198,6 +198,20 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (-h lists the flags)")
 
 
+def positive(text):
+    """A whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
+def amount(text):
+    """A number of at least 0."""
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError("a number of at least 0")
+    return float(text)
+
+
 def yes_no(text):
     if text.lower() not in ("yes", "no"):
         raise argparse.ArgumentTypeError("yes or no")
@@ -245,6 +259,8 @@ def setup_machine(device="auto", amp="auto", seed=0):
     """Seeds, picks device and precision, joins torchrun's process group when there is one (nccl on GPUs, else gloo)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        fail(f"--device is auto, cpu, cuda or cuda:N, not {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         fail("--device cuda was asked for, but torch finds no GPU here; use --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -317,7 +333,7 @@ def load_checkpoint(path, **expected):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # torch.load raises many kinds for a truncated or foreign file, all mean the same here
-        fail(f"{path} is not a readable checkpoint (truncated, or not written by this code): {str(error).splitlines()[0]}")
+        fail(f"{path} is not a readable checkpoint (truncated, or not written by this code): {type(error).__name__}")
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         fail(f"{path} is not a checkpoint of this code (format {CHECKPOINT_FORMAT}); give another file or remove it")
     for key, value in expected.items():
@@ -339,9 +355,13 @@ class Run:
     """An output directory. Only rank 0 writes."""
     def __init__(self, output, config, machine):
         self.dir, self.config, self.machine = Path(output), config, machine
-        if machine.rank == 0:
-            text = json.dumps({**config, "torch": str(torch.__version__)}, indent=1, default=str)
+
+    def start(self, stage, step):
+        """Called by a stage once all is found in order: config.json, and a log that says nothing beyond `step`."""
+        if self.machine.rank == 0:
+            text = json.dumps({**self.config, "torch": str(torch.__version__)}, indent=1, default=str)
             write_atomically(self.dir / "config.json", lambda p: p.write_text(text + "\n"))
+            self.rewind_log(stage, step)
 
     def __getitem__(self, name):
         return self.dir / f"{name}.pt"
@@ -349,7 +369,7 @@ class Run:
     def rewind_log(self, stage, step):
         """Drops what a killed run logged of this stage beyond its last checkpoint, and a half-written last line."""
         path = self.dir / "log.jsonl"
-        if self.machine.rank or not path.exists():
+        if not path.exists():
             return
         kept = []
         for line in path.read_text().splitlines():
@@ -393,10 +413,9 @@ class Training:
         self.params = [p for g in groups for p in g["params"]]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         # The scaler also serves without float16: it is what skips a step with non-finite gradients without asking the
-        # device for a number. Without float16 its scale starts at 1.
-        half = machine.amp is torch.float16
-        self.scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0 ** 16 if half else 1.0,
-                                           growth_interval=100 if half else 2 ** 30)
+        # device for a number. Without float16 its scale stays 1.
+        self.half = machine.amp is torch.float16
+        self.scaler = torch.amp.GradScaler(machine.device.type, init_scale=2.0 ** 16 if self.half else 1.0, growth_interval=100)
         self.step = 0
         self.sums, self.good, self.skipped, self.bad_in_a_row = {}, 0, torch.zeros((), device=machine.device), 0
         if run[stage].exists():
@@ -409,7 +428,7 @@ class Training:
                 self.skipped += saved["skipped"]
                 run.print(f"{stage}: resuming at step {self.step} of {steps} from {run[stage]}")
         if self.step < self.total:
-            run.rewind_log(stage, self.step)
+            run.start(stage, self.step)
         self.started = time.perf_counter()
         self.first = self.step
 
@@ -439,7 +458,7 @@ class Training:
         if self.clip:
             nn.utils.clip_grad_norm_(self.params, self.clip)
         self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.scaler.update(None if self.half else 1.0)
         self.step += 1
         with torch.no_grad():
             finite = torch.isfinite(loss)
@@ -455,7 +474,7 @@ class Training:
         if int(self.bad_in_a_row) >= MAX_BAD_STEPS:
             fail(f"{self.stage}: the loss was not finite in the last {int(self.bad_in_a_row)} steps; the last good checkpoint "
                  f"is {self.run[self.stage]}; lower --lr, or turn --amp off")
-        values = torch.stack([v / self.good for v in self.sums.values()])
+        values = torch.stack([v / self.good.clamp(min=1) for v in self.sums.values()])
         if machine.world > 1:
             dist.all_reduce(values)
             values /= machine.world

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-import operator
+import os
 import random
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 import data
 from common import (VIT_SIZES, Run, Training, ViT, ViTConfig, accuracy, fail, load_checkpoint, load_weights,
-                    parameter_groups, parse_flags, rank_zero_first, save_checkpoint, setup_machine, write_atomically, yes_no)
+                    amount, parameter_groups, parse_flags, positive, rank_zero_first, save_checkpoint, setup_machine, write_atomically, yes_no)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,8 @@ class Graph:
         self.names, self.shapes, self.edges = names, shapes, edges
         self.ops = torch.tensor([OPS.index(op) for op in ops])
         self.distance = shortest_paths(len(ops), edges)
-        self.sums = ops.count("sum")
+        embedded = {j for i, j in edges if ops[i] == "pos_enc"}
+        self.sums = {i for i, op in enumerate(ops) if op == "sum" and i not in embedded}     # ends of residual branches
         matrices = [i for i, s in enumerate(shapes) if len(s) > 1 and names[i]]
         self.head = matrices[-1]                        # the classifier: last matrix of the forward pass
         self.num_classes = shapes[self.head][0]
@@ -153,12 +154,12 @@ class Graph:
             parts = 3 if len(weight) == 2 and weight[0] == 3 * weight[1] and not head else 1
             following = after.get(i, i)
             following = after.get(following, following) if OPS[self.ops[following]] == "bias" else following
-            residual = OPS[self.ops[following]] == "sum" and len(shape) > 1 and kind != "pos_enc"
+            residual = following in self.sums and len(shape) > 1
             grouped.setdefault((shape, kind, head, parts, residual), []).append(i)
         if features:
             grouped[(features, self.shapes[self.head][1]), "M", False, 1, False] = [before[self.head]]
-        return [Group([self.names[i] if key[1] != "M" else "M" for i in nodes],
-                      torch.tensor(nodes, device=self.ops.device), *key) for key, nodes in grouped.items()]
+        return tuple(Group([self.names[i] if key[1] != "M" else "M" for i in nodes],
+                      torch.tensor(nodes, device=self.ops.device), *key) for key, nodes in grouped.items())
 
     def to(self, device):
         """The same graph with its tensors on `device`."""
@@ -329,7 +330,7 @@ class Learngene(nn.Module):
 # 4. TAL model structure and components: the decoders
 # ----------------------------------------------------------------------------------------------------------------------
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Group:
     """Parameters of one shape and one role, decoded together."""
     names: list
@@ -338,7 +339,7 @@ class Group:
     kind: str                 # operation of the nodes, or "M": decides the scale of what is decoded
     head: bool                # the first dimension counts classes
     parts: int                # 3 where queries, keys and values are stacked, else 1
-    residual: bool            # the output goes straight into a sum
+    residual: bool            # the output ends a residual branch
 
     @property
     def core(self):
@@ -373,36 +374,43 @@ class LowRankDecoder(nn.Module):
         if group.head:
             if out > self.classes:
                 fail(f"the hypernetwork decodes at most {self.classes} classes, the task has {out}; raise --max-classes")
-            rows = size + torch.arange(out)
-        else:                           # D7: queries, keys and values start at fixed rows, whatever the width
-            rows = (torch.arange(group.parts)[:, None] * channels + torch.arange(out // group.parts)).flatten()
-            rows = rows[:, None] + torch.arange(kh) * channels
-        cols = torch.arange(rest[0])[:, None] + torch.arange(kw) * channels if rest else None
-        device = self.row_basis.device
-        rows = rows.flatten() if group.head else rows.flatten() % size      # larger than the basis: repeated
-        return rows.to(device), None if cols is None else (cols.flatten() % size).to(device)
+            return size + torch.arange(out), None if not rest else torch.arange(rest[0])
+        # D7: queries, keys and values start at fixed rows, whatever the width. What is larger than the basis repeats it.
+        rows = (torch.arange(group.parts)[:, None] * channels + torch.arange(out // group.parts)).flatten()
+        rows = rows[:, None] + torch.arange(kh) * channels
+        cols = (torch.arange(rest[0])[:, None] + torch.arange(kw) * channels).flatten() % size if rest else None
+        return rows.flatten() % size, cols
 
-    def forward(self, h, groups):
-        """Node features (V, hid) -> a list with one tensor (n, *shape) per group."""
-        z = self.mlp(h)
-        index = [self.index(g) for g in groups]
+    @functools.lru_cache(maxsize=None)
+    def plan(self, groups):
+        """Per graph, once: matrix and vector groups, and all basis rows they read, in one index per basis."""
         matrices = [g for g in groups if len(g.core) > 1]
-        codes = self.code(z[torch.cat([g.nodes for g in matrices])]).view(-1, 2, self.rank, self.rank)
-        codes = iter(codes.split([len(g.nodes) for g in matrices]))
-        vectors = self.vector_code(z)
+        vectors = [g for g in groups if len(g.core) == 1]
+        rows, cols = zip(*(self.index(g) for g in matrices))
+        vector_rows = [self.index(g)[0] for g in vectors]
+        device = self.row_basis.device
+        gather = lambda parts: (torch.cat(parts).to(device), [len(p) for p in parts])
+        return matrices, vectors, gather(rows), gather(cols), gather(vector_rows), torch.cat([g.nodes for g in matrices])
+
+    def forward(self, h, groups, sums, how):
+        """Node features (V, hid) -> [(group, tensor (n, *shape))], scaled as `normalise` says."""
+        matrices, vectors, rows, cols, vector_rows, nodes = self.plan(groups)
+        z = self.mlp(h)
+        codes = self.code(z[nodes]).view(-1, 2, self.rank, self.rank).split([len(g.nodes) for g in matrices])
+        row_parts = self.row_basis[rows[0]].split(rows[1])
+        col_parts = self.col_basis[cols[0]].split(cols[1])
         out = []
-        for g, (rows, cols) in zip(groups, index):
-            if cols is None:
-                out.append(vectors[g.nodes] @ self.vector_basis[rows].T)             # (n, out)
-                continue
-            C = next(codes)                                                          # (n, 2, r, r)
-            A = self.row_basis[rows] @ C[:, 0]                                       # (n, out * kh, r)
-            B = self.col_basis[cols] @ C[:, 1]                                       # (n, in * kw, r)
-            W = A @ B.transpose(1, 2) * self.rank ** -0.5                            # (n, out * kh, in * kw)
+        for g, C, U, V in zip(matrices, codes, row_parts, col_parts):
+            A = (U * self.rank ** -0.5) @ C[:, 0]                                    # (n, out * kh, r)
+            B = V @ C[:, 1]                                                          # (n, in * kw, r)
+            W = A @ B.transpose(1, 2)                                                # (n, out * kh, in * kw)
             if len(g.core) == 4:
                 o, i, kh, kw = g.core
                 W = W.view(-1, o, kh, i, kw).transpose(2, 3)                         # (n, out, in, kh, kw)
-            out.append(W)
+            out.append((g, normalise(W, g, how, sums)))
+        codes = self.vector_code(z)
+        for g, U in zip(vectors, self.vector_basis[vector_rows[0]].split(vector_rows[1])):
+            out.append((g, normalise(codes[g.nodes] @ U.T, g, how, sums)))           # (n, out)
         return out
 
 
@@ -415,8 +423,8 @@ class TiledDecoder(nn.Module):
         self.conv = nn.Sequential(nn.ReLU(), nn.Linear(4 * hid, 8 * hid), nn.ReLU(), nn.Linear(8 * hid, tile * tile))
         self.class_layer = nn.Linear(tile, classes)          # the head's rows, from the tile's
 
-    def forward(self, h, groups):
-        """Node features (V, hid) -> a list with one tensor (n, *shape) per group."""
+    def forward(self, h, groups, sums, how):
+        """Node features (V, hid) -> [(group, tensor (n, *shape))], scaled as `normalise` says."""
         k, t = self.kernel, self.tile
         fc_weight, fc_bias = self.fc.weight.view(k * k, -1, h.shape[1]), self.fc.bias.view(k * k, -1)
         out = []
@@ -433,10 +441,11 @@ class TiledDecoder(nn.Module):
                 tile = self.class_layer(tile.relu().transpose(2, 3)).transpose(2, 3)
             if not rest:
                 vector = tile[:, 0].mean(-1)
-                out.append(vector.repeat(1, math.ceil(rows / vector.shape[1]))[:, :rows])
+                W = vector.repeat(1, math.ceil(rows / vector.shape[1]))[:, :rows]
+                out.append((g, normalise(W, g, how, sums)))
                 continue
             W = tile.repeat(1, 1, math.ceil(rows / tile.shape[2]), math.ceil(rest[0] / t))[..., :rows, :rest[0]]
-            out.append(W.permute(0, 2, 3, 1))                                                    # (n, out, in, kh * kw)
+            out.append((g, normalise(W.permute(0, 2, 3, 1), g, how, sums)))                      # (n, out, in, kh * kw)
         return out
 
 
@@ -451,11 +460,11 @@ def normalise(W, group, how, sums):
     if group.kind == "bias":
         return torch.tanh(0.2 * W)
     if group.kind == "pos_enc":
-        return W
+        return 0.2 * W                   # D8: 0.2 of the released scale; a stronger start delays all learning
     fan_in = math.prod(group.shape[1:])
     if how == "fan-in":
         return W * (2 / fan_in) ** 0.5
-    scale = (1 / fan_in) ** 0.5 * (min(1, 6 / sums) if group.residual else 1)
+    scale = (1 / fan_in) ** 0.5 * (min(1, 6 / max(1, sums)) if group.residual else 1)
     return W * (scale * torch.rsqrt(W.pow(2).mean(tuple(range(1, W.ndim)), keepdim=True) + 1e-8))
 
 
@@ -477,8 +486,7 @@ class Hypernet(nn.Module):
         groups = graph.groups(num_classes, features)
         h = self.learngene(graph, I)                                                 # (V, hid)
         weights = {}
-        for group, W in zip(groups, self.decoder(h, groups)):
-            W = normalise(W, group, self.normalisation, graph.sums)
+        for group, W in self.decoder(h, groups, len(graph.sums), self.normalisation):
             weights.update(zip(group.names, W.reshape(-1, *group.shape).unbind(0)))
         return weights
 
@@ -628,7 +636,7 @@ def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddi
     steps = math.ceil(epochs * sum(counts) / (args.batch_size * args.tasks_per_step))
     schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, args.tasks_per_step, args.seed)
     job = Training(run, stage, hypernet, hypernet.groups(args.lr, args.lr_basis, args.weight_decay), steps,
-                   warmup=round(args.warmup * steps), clip=args.clip, identity=identity(args), extra={"embeddings": embeddings},
+                   warmup=round(args.warmup * steps), clip=args.clip, identity=identity(stage, args), extra={"embeddings": embeddings},
                    batch_size=args.batch_size * args.tasks_per_step, save_every=args.save_every, log_every=args.log_every)
     for step in job.steps():
         rng = random.Random(f"{args.seed} {stage} {step} {machine.rank if args.arch_per_process else 0}")
@@ -665,6 +673,12 @@ STAGES = ["ancestry", "pretrain", "tune", "evaluate", "train", "customize", "plo
 METHODS = ["tal", "tal+", "logah", "ghn3", "random"]
 PRESETS = ["drawn", "paper"]
 CODE = "paper silent; authors' code"
+def sizes_list(text):
+    if len(text.split(",")) != 2:
+        raise argparse.ArgumentTypeError("two sizes, as in 128,256")
+    return [positive(n) for n in text.split(",")]
+
+
 FLAGS = [   # name, type, (drawn, paper), help and source
     ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
     ("--method", METHODS, "tal", "tal+: wider architectures and the ancestry's soft labels; logah, ghn3: baselines; random: no prediction"),
@@ -674,68 +688,76 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--seed", int, 0, "seed of the run; the data have their own, fixed"),
     ("--device", str, "auto", "cpu, cuda, cuda:1 ..."),
     ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision of the networks (Sec. 5.1); auto: bf16 on a GPU, none on a CPU"),
-    ("--batch-size", int, (64, 512), f"images per step, over all processes; {CODE}: 512"),
-    ("--epochs", float, 0.0, "epochs of the stage asked for; 0 takes the next three flags"),
-    ("--ancestry-epochs", float, (3.0, 0.0), "epochs over the ancestry's tasks; the paper takes a pretrained ViT-Base"),
-    ("--pretrain-epochs", float, (4.0, 75.0), "Sec. 5.1"),
-    ("--tune-epochs", float, (8.0, 100.0), "Sec. 5.1"),
-    ("--lr", float, (1e-3, 3e-4), "peak learning rate, cosine (Sec. 5.1)"),
-    ("--lr-basis", float, (1e-3, 3e-4), "the same for decoder bases and graph embeddings; paper: one rate"),
-    ("--weight-decay", float, 1e-2, "AdamW (Sec. 5.1)"),
-    ("--warmup", float, (0.03, 0.05), f"share of the steps that warm up; {CODE}: 5 of 75 epochs"),
-    ("--clip", float, (1.0, 5.0), f"gradient norm; {CODE}: 5"),
-    ("--predparam", float, 3e-5, "gamma, weight of the norms of predicted parameters (Sec. 5.1)"),
-    ("--alpha", float, 0.2, f"weight of L_aux, Eq. (6); {CODE}: 0.2"),
-    ("--temperature", float, 1.0, "softmax temperature of Eq. (4); paper: none, authors' code: 3"),
-    ("--task-temperature", float, 2.0, "T of the task sampling (Sec. 5.1)"),
-    ("--meta-batch", int, 1, f"architectures per step, m of Eq. (1); {CODE}: 1"),
-    ("--tasks-per-step", int, 1, f"tasks per step while tuning; {CODE}: 1"),
+    ("--batch-size", positive, (64, 512), f"images per step, over all processes; {CODE}: 512"),
+    ("--epochs", amount, 0.0, "epochs of the stage asked for; 0 takes the next four flags"),
+    ("--ancestry-epochs", amount, (5.0, 0.0), "epochs over the ancestry's tasks; the paper takes a pretrained ViT-Base"),
+    ("--pretrain-epochs", amount, (4.0, 75.0), "Sec. 5.1"),
+    ("--tune-epochs", amount, (6.0, 100.0), "Sec. 5.1"),
+    ("--train-epochs", amount, (5.0, 100.0), "Tables 3 and 5"),
+    ("--train-images", str, "", "images per task for train, instead of epochs; tune: as many as tuning shows of the task"),
+    ("--tune-tasks", str, ",".join(data.DECATHLON), "tasks to tune on (Sec. 5.1); a single one is TAL-st of Table 7"),
+    ("--lr", amount, (3e-4, 3e-4), "peak learning rate, cosine (Sec. 5.1)"),
+    ("--lr-basis", amount, (3e-3, 3e-4), "the same for decoder bases and graph embeddings; paper: one rate"),
+    ("--weight-decay", amount, 1e-2, "AdamW (Sec. 5.1)"),
+    ("--warmup", amount, (0.03, 0.05), f"share of the steps that warm up; {CODE}: 5 of 75 epochs"),
+    ("--clip", amount, (1.0, 5.0), f"gradient norm; {CODE}: 5"),
+    ("--predparam", amount, 3e-5, "gamma, weight of the norms of predicted parameters (Sec. 5.1)"),
+    ("--alpha", amount, (0.5, 0.2), f"weight of L_aux, Eq. (6); {CODE}: 0.2"),
+    ("--temperature", amount, 1.0, "softmax temperature of Eq. (4); paper: none, authors' code: 3"),
+    ("--task-temperature", amount, 2.0, "T of the task sampling (Sec. 5.1)"),
+    ("--meta-batch", positive, 1, f"architectures per step, m of Eq. (1); {CODE}: 1"),
+    ("--tasks-per-step", positive, 1, f"tasks per step while tuning; {CODE}: 1"),
     ("--arch-per-process", bool, False, "under torchrun, every process draws its own architectures"),
     ("--archs", ["ViTs-1K", "ViTs+-1K", "drawn", "drawn+"], ("drawn", "ViTs-1K"), "architecture dataset; tal+ takes the + one (Sec. 4)"),
     ("--no-task-info", bool, False, "ablation TAL (w/o T.I.), Table 8"),
     ("--no-ancestry", bool, False, "ablation TAL (w/o ans-net), Table 8: no Eq. (4); the task embeddings stay"),
-    ("--tune-alpha", float, 0.0, "alpha while tuning; Eq. (7) is cross-entropy alone"),
-    ("--hid", int, (64, 128), f"width of the learngene; {CODE}: 128"),
-    ("--layers", int, (3, 5), f"its layers; {CODE}: 5"),
-    ("--hyper-heads", int, (8, 16), f"its attention heads; {CODE}: 16"),
-    ("--max-distance", int, (12, 50), f"longest path that its attention tells apart; {CODE}: 50"),
-    ("--rank", int, (32, 90), f"r of the low-rank decoder; {CODE}: 90"),
-    ("--mlp", str, ("128,256", "512,1024"), f"hidden sizes of the decoder's MLP; {CODE}: 4 and 8 times 128"),
-    ("--max-channels", int, (256, 2048), f"channels with basis rows of their own; {CODE}: 2048"),
-    ("--max-kernel", int, (8, 16), f"kernel positions, likewise; {CODE}: 16"),
-    ("--max-classes", int, (128, 2048), "rows of the class head; Omniglot has 1623"),
+    ("--tune-alpha", amount, (0.5, 0.0), "alpha while tuning; Eq. (7): \"typically the cross-entropy\", authors' code: 0"),
+    ("--hid", positive, (64, 128), f"width of the learngene; {CODE}: 128"),
+    ("--layers", positive, (3, 5), f"its layers; {CODE}: 5"),
+    ("--hyper-heads", positive, (8, 16), f"its attention heads; {CODE}: 16"),
+    ("--max-distance", positive, (12, 50), f"longest path that its attention tells apart; {CODE}: 50"),
+    ("--rank", positive, (64, 90), f"r of the low-rank decoder; {CODE}: 90"),
+    ("--mlp", sizes_list, ([128, 256], [512, 1024]), f"hidden sizes of the decoder's MLP; {CODE}: 4 and 8 times 128"),
+    ("--max-channels", positive, (256, 2048), f"channels with basis rows of their own; {CODE}: 2048"),
+    ("--max-kernel", positive, (8, 16), f"kernel positions, likewise; {CODE}: 16"),
+    ("--max-classes", positive, (128, 2048), "rows of the class head; Omniglot has 1623"),
     ("--normalise", ["fan-in", "rms"], ("rms", "fan-in"), f"scale of predicted matrices; {CODE}: fan-in"),
-    ("--image-size", int, (32, 224), "pixels"),
-    ("--patch", int, (8, 16), "pixels"),
+    ("--image-size", positive, (32, 224), "pixels"),
+    ("--patch", positive, (8, 16), "pixels"),
     ("--pool", ["token", "avg"], ("avg", "token"), "class token (ViT), or mean of the patches"),
     ("--augment", yes_no, True, "yes or no: random shifts of training images"),
     ("--ancestry", str, "", "ancestry checkpoint (default: ancestry.pt in --output, made when missing)"),
-    ("--ancestry-width", int, (64, 768), "t of Eq. (2), d' of Eq. (4); paper: ViT-Base"),
-    ("--ancestry-depth", int, (4, 12), "paper: ViT-Base"),
-    ("--ancestry-lr", float, (2e-3, 1e-3), "peak learning rate of the drawn ancestry"),
+    ("--source", ["tune", "pretrain"], "tune", "hypernetwork that train predicts from; LoGAH in Table 5: pretrain"),
+    ("--tal-dir", str, "runs/tal", "run directory whose TAL customize uses"),
+    ("--ancestry-width", positive, (64, 768), "t of Eq. (2), d' of Eq. (4); paper: ViT-Base"),
+    ("--ancestry-depth", positive, (4, 12), "paper: ViT-Base"),
+    ("--ancestry-heads", positive, (8, 12), "paper: ViT-Base"),
+    ("--ancestry-lr", amount, (2e-3, 1e-3), "peak learning rate of the drawn ancestry"),
     ("--size", list(VIT_SIZES), ("drawn-small", "small"), "named width and heads, for train and customize"),
-    ("--depth", int, (3, 12), "layers, for train and customize"),
+    ("--depth", positive, (3, 12), "layers, for train and customize"),
     ("--width", int, 0, "overrides --size"),
     ("--heads", int, 0, "overrides --size"),
     ("--split", ["val", "test"], "test", "split that evaluate and train report; settings were chosen on val"),
-    ("--train-lr", float, (2e-3, 1e-3), "peak learning rate of further training"),
+    ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of further training"),
     ("--fresh-head", bool, False, "train: replace the predicted head by a random one (always for tasks never tuned on)"),
-    ("--workers", int, 2, "processes that draw or decode images"),
-    ("--save-every", int, (250, 300), f"steps between checkpoints; {CODE}: 300"),
-    ("--log-every", int, 50, "steps between log lines"),
+    ("--workers", positive, 2, "processes that draw or decode images"),
+    ("--save-every", positive, (250, 300), f"steps between checkpoints; {CODE}: 300"),
+    ("--log-every", positive, 50, "steps between log lines"),
 ]
 
 
-def identity(args):
-    """What a checkpoint of the hypernetwork must agree on to be resumed or used."""
-    keys = ["method", "seed", "task_info", "alpha", "tune_alpha", "hid", "layers", "hyper_heads", "rank", "normalise", "archs",
-            "batch_size", "lr", "lr_basis", "image_size", "patch", "pool", "tasks_per_step", "meta_batch"]
+def identity(stage, args):
+    """What a checkpoint of the hypernetwork must agree on to be resumed: all that its training depends on."""
+    keys = ["method", "seed", "task_info", "alpha", "batch_size", "lr", "lr_basis", "weight_decay", "warmup", "clip", "predparam",
+            "temperature", "meta_batch", "arch_per_process", "archs", "hid", "layers", "hyper_heads", "max_distance", "rank", "mlp",
+            "max_channels", "max_kernel", "max_classes", "normalise", "image_size", "patch", "pool", "augment", "ancestry_width"]
+    if stage == "tune":
+        keys += ["task_temperature", "tasks_per_step", "tune_tasks"]
     return {k: getattr(args, k) for k in keys}
 
 
 def settings(argv=None):
     args = parse_flags(__doc__.strip(), FLAGS, PRESETS, argv)
-    args.mlp = [int(n) for n in args.mlp.split(",")] if isinstance(args.mlp, str) else args.mlp
     if args.method == "tal+" and not args.archs.endswith(("+", "+-1K")):
         args.archs = {"drawn": "drawn+", "ViTs-1K": "ViTs+-1K"}[args.archs]
     args.task_info = args.method in ("tal", "tal+") and not args.no_task_info
@@ -744,6 +766,13 @@ def settings(argv=None):
     if args.epochs:
         setattr(args, f"{args.stage}_epochs", args.epochs)
     args.tasks = args.data.split(",") if args.data else []
+    for name, divisor in (("--hid", 4), ("--hid", args.hyper_heads)):
+        if args.hid % divisor:
+            fail(f"{name} {args.hid} is not a multiple of {divisor}; the shape embedding has 4 parts, attention --hyper-heads")
+    if args.meta_batch > 1000:
+        fail("--meta-batch: a dataset holds 1000 architectures")
+    if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+        fail(f"--batch-size {args.batch_size} does not divide among {os.environ['WORLD_SIZE']} processes")
     return args
 
 
@@ -760,18 +789,22 @@ def load_tasks(names, args, machine):
 def get_ancestry(args, run, machine):
     """The trained ancestry model, frozen. Trains it when there is no checkpoint."""
     path = Path(args.ancestry) if args.ancestry else run["ancestry"]
-    if not path.exists() or args.stage == "ancestry":
+    saved = load_checkpoint(path, stage="ancestry") if args.ancestry or path.exists() else None
+    if args.stage == "ancestry" and not args.ancestry or saved is None or saved["step"] < saved["steps"]:
+        if not args.ancestry_epochs:
+            fail("this preset takes a pretrained ancestry model: give --ancestry FILE, or --ancestry-epochs to train one")
         tasks = load_tasks([data.BASE, *data.DECATHLON], args, machine)
         classes = {n: t.num_classes for n, t in tasks.items()}
-        config = ViTConfig(args.image_size, args.patch, args.ancestry_width, args.ancestry_depth, args.ancestry_width // 8, pool=args.pool)
+        config = ViTConfig(args.image_size, args.patch, args.ancestry_width, args.ancestry_depth, args.ancestry_heads, pool=args.pool)
         torch.manual_seed(args.seed)
         ancestry = Ancestry(config, classes).to(machine.device)
         tasks, counts = list(tasks.values()), [len(t.labels["train"]) for t in tasks.values()]
         steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
         schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, 1, args.seed)
+        keys = {k: getattr(args, k) for k in ("seed", "batch_size", "ancestry_lr", "image_size", "patch", "pool", "ancestry_width", "ancestry_depth", "ancestry_heads")}
         job = Training(run, "ancestry", ancestry, parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
                        warmup=round(args.warmup * steps), clip=args.clip, batch_size=args.batch_size, save_every=args.save_every,
-                       log_every=args.log_every, extra={"config": dataclasses.asdict(config), "classes": classes})
+                       log_every=args.log_every, identity=keys, extra={"config": dataclasses.asdict(config), "classes": classes})
         for step in job.steps():
             task = tasks[schedule[step][0][0]]
             x, y = task.batch("train", schedule[step][0][1], args.batch_size, args.seed, True, machine.rank, machine.world)
@@ -781,70 +814,182 @@ def get_ancestry(args, run, machine):
         scores = {t.name: accuracy(lambda x: ancestry.heads[t.name](ancestry(x)), t, "val", machine.device) for t in tasks}
         run.print("ancestry, accuracy on val: " + ", ".join(f"{n} {a:.1f}" for n, a in scores.items()))
     else:
-        saved = load_checkpoint(path, stage="ancestry")
-        ancestry = Ancestry(ViTConfig(**saved["extra"]["config"]), saved["extra"]["classes"]).to(machine.device)
+        config = ViTConfig(**saved["extra"]["config"])
+        if (config.width, config.image_size) != (args.ancestry_width, args.image_size):
+            fail(f"the ancestry in {path} has width {config.width} for {config.image_size} px; say --ancestry-width {config.width} "
+                 f"--image-size {config.image_size}, or give another --ancestry")
+        ancestry = Ancestry(config, saved["extra"]["classes"]).to(machine.device)
         load_weights(ancestry, saved["model"], path)
     return ancestry.eval().requires_grad_(False)
 
 
 def get_hypernet(stage, args, run, machine):
-    """(hypernetwork, ancestry, {task: embedding}) after "pretrain" or "tune", trained as far as that is still to do."""
-    torch.manual_seed(args.seed)
-    hypernet = build_hypernet(args).to(machine.device)
-    ancestry = get_ancestry(args, run, machine)
-    base = load_tasks([data.BASE], args, machine)
-    train_hypernet(run, "pretrain", args, machine, hypernet, ancestry if args.alpha else None, list(base.values()), {}, args.pretrain_epochs)
+    """(hypernetwork, ancestry, {task: embedding}) after "pretrain" or "tune", made first as far as that is still to do.
+
+    Later stages take a finished checkpoint as it is, with the settings it was trained with.
+    """
+    if args.stage not in ("pretrain", "tune") and run[stage].exists():
+        saved = load_checkpoint(run[stage], stage=stage, method=args.method, task_info=args.task_info)
+        if saved["step"] == saved["steps"]:
+            hypernet = build_hypernet(argparse.Namespace(**saved["config"])).to(machine.device)
+            load_weights(hypernet, saved["model"], run[stage])
+            return hypernet, get_ancestry(args, run, machine) if args.task_info else None, saved["extra"]["embeddings"]
+    ancestry = get_ancestry(args, run, machine) if args.alpha or args.tune_alpha or args.task_info else None
     if stage == "pretrain":
-        return hypernet, ancestry, {}
-    tasks = load_tasks(args.tasks if args.stage == "tune" and args.tasks else data.DECATHLON, args, machine)
-    embeddings = {n: task_embedding(ancestry, t, machine) for n, t in tasks.items()} if args.task_info else {}
-    tune_args = argparse.Namespace(**{**vars(args), "alpha": args.tune_alpha})
-    train_hypernet(run, "tune", tune_args, machine, hypernet, ancestry if args.tune_alpha else None, list(tasks.values()), embeddings,
-                   args.tune_epochs)
+        torch.manual_seed(args.seed)
+        hypernet, alpha, epochs, embeddings = build_hypernet(args).to(machine.device), args.alpha, args.pretrain_epochs, {}
+        tasks = load_tasks([data.BASE], args, machine)
+    else:
+        hypernet = get_hypernet("pretrain", args, run, machine)[0]
+        tasks, alpha, epochs = load_tasks(args.tune_tasks.split(","), args, machine), args.tune_alpha, args.tune_epochs
+        embeddings = {n: task_embedding(ancestry, t, machine) for n, t in tasks.items()} if args.task_info else {}
+    args = argparse.Namespace(**{**vars(args), "alpha": alpha})
+    train_hypernet(run, stage, args, machine, hypernet, ancestry if alpha else None, list(tasks.values()), embeddings, epochs)
     return hypernet, ancestry, embeddings
 
 
-def grid(args):
-    """The evaluated sizes of Tables 1 and 2: {3, 6, 12}-Tiny, -Small, -Base, or the drawn counterparts."""
-    prefix = "drawn-" if args.preset == "drawn" else ""
-    return {f"{depth}-{size.title()}": ViTConfig(args.image_size, args.patch, *(VIT_SIZES[prefix + size][:1]), depth,
-                                                 VIT_SIZES[prefix + size][1], pool=args.pool)
-            for size in ("tiny", "small", "base") for depth in (3, 6, 12)}
+def embedding(task, args, ancestry, embeddings, machine):
+    """I_tau of a task: the one it was tuned with, a new one for an unseen task, None without task information."""
+    if not args.task_info or not embeddings:
+        return None
+    return embeddings[task.name] if task.name in embeddings else task_embedding(ancestry, task, machine)
 
 
-def evaluate(run, args, machine, hypernet, embeddings, tasks):
-    """Accuracy of untrained networks with predicted parameters (Tables 1 and 2), printed and kept in evaluate.json."""
+def sizes(args, depths=(3, 6, 12)):
+    """{name: ViTConfig} of the evaluated sizes, Tables 1 and 2: {3, 6, 12}-Tiny, -Small, -Base or the drawn counterparts."""
+    drawn = "drawn-" if args.preset == "drawn" else ""
+    return {f"{depth}-{size.title()}": ViTConfig(args.image_size, args.patch, VIT_SIZES[drawn + size][0], depth,
+                                                 VIT_SIZES[drawn + size][1], pool=args.pool)
+            for size in ("tiny", "small", "base") for depth in depths}
+
+
+def asked_architecture(args):
+    width, heads = VIT_SIZES[args.size]
+    return ViTConfig(args.image_size, args.patch, args.width or width, args.depth, args.heads or heads, pool=args.pool)
+
+
+def evaluate(run, args, machine, hypernet, ancestry, embeddings, tasks):
+    """Accuracy of untrained networks with predicted parameters (Tables 1 and 2), printed and kept in a JSON file."""
     trained = {(c.width, c.depth) for c in architectures(args.archs, args.image_size, args.patch, args.pool)}
+    I = {n: embedding(t, args, ancestry, embeddings, machine) for n, t in tasks.items()}
     table = {}
-    for name, config in grid(args).items():
-        table[name] = {}
-        for task in tasks.values():
-            net = customize(hypernet, config, embeddings.get(task.name), task.num_classes)
-            table[name][task.name] = accuracy(net, task, args.split, machine.device)
-        table[name]["average"] = sum(table[name].values()) / len(tasks)
-    columns = [*tasks, "average"]
-    run.print(f"untrained accuracy, {args.split} split, method {args.method} (* = size never trained on)")
-    run.print(" " * 10 + "".join(f"{c[:8]:>9}" for c in columns))
+    for name, config in sizes(args).items():
+        name += "" if (config.width, config.depth) in trained else "*"
+        nets = {n: customize(hypernet, config, I[n], t.num_classes) for n, t in tasks.items()}
+        row = {n: accuracy(nets[n].eval(), tasks[n], args.split, machine.device) for n in tasks}
+        table[name] = {**row, "average": sum(row.values()) / len(row)}
+    run.print(f"untrained accuracy in percent, {args.split} split, method {args.method}, seed {args.seed} (* a size never trained on)")
+    run.print(" " * 10 + "".join(f"{c[:9]:>10}" for c in [*tasks, "average"]))
     for name, row in table.items():
-        config = grid(args)[name]
-        mark = "" if (config.width, config.depth) in trained else "*"
-        run.print(f"{name + mark:10}" + "".join(f"{row[c]:9.2f}" for c in columns))
-    return table
+        run.print(f"{name:10}" + "".join(f"{a:10.2f}" for a in row.values()))
+    if machine.rank == 0:
+        write_atomically(run.dir / f"untrained-{args.stage}-{args.split}.json", lambda p: p.write_text(json.dumps(table, indent=1)))
+
+
+def training_steps(task, args, machine):
+    """Steps of further training: from --train-epochs, or from --train-images."""
+    images = args.train_epochs * len(task.labels["train"])
+    if args.train_images == "tune":
+        counts = {n: len(t.labels["train"]) for n, t in load_tasks(args.tune_tasks.split(","), args, machine).items()}
+        share = dict(zip(counts, sampling_weights(list(counts.values()), args.task_temperature).tolist()))
+        images = args.tune_epochs * sum(counts.values()) * share[task.name]
+    elif args.train_images:
+        images = positive(args.train_images)
+    return math.ceil(images / args.batch_size)
+
+
+def train(run, args, machine):
+    """Further training from predicted parameters, or from random ones (Tables 1, 3 and 5; Table 5's tasks are unseen)."""
+    config, name = asked_architecture(args), f"{args.depth}x{args.width or VIT_SIZES[args.size][0]}"
+    if args.method != "random":
+        hypernet, ancestry, embeddings = get_hypernet(args.source, args, run, machine)
+    for task in load_tasks(args.tasks or data.DECATHLON, args, machine).values():
+        torch.manual_seed(args.seed)
+        net = ViT(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
+        if args.method != "random":
+            head = {n: p for n, p in net.state_dict().items() if n.startswith("head.")}
+            net = customize(hypernet, config, embedding(task, args, ancestry, embeddings, machine), task.num_classes)
+            if args.fresh_head or args.source == "pretrain" or task.name not in args.tune_tasks.split(","):
+                net.load_state_dict(head, strict=False)
+        before = accuracy(net, task, args.split, machine.device)
+        steps = training_steps(task, args, machine)
+        keys = {k: getattr(args, k) for k in ("method", "seed", "batch_size", "train_lr", "source")}
+        job = Training(run, f"train-{task.name}-{name}-{steps}", net, parameter_groups(net, args.train_lr, args.weight_decay), steps,
+                       warmup=round(args.warmup * steps), clip=args.clip, identity=keys, batch_size=args.batch_size,
+                       save_every=args.save_every, log_every=args.log_every)
+        for step in job.steps():
+            x, y = task.batch("train", step, args.batch_size, args.seed, args.augment, machine.rank, machine.world)
+            with machine.autocast():
+                logits = net(x)
+            job.update(loss_cls(y, logits.float()))
+        after = accuracy(net, task, args.split, machine.device)
+        run.print(f"{name} on {task.name}, {args.method}: {before:.2f} untrained, {after:.2f} after {steps * args.batch_size} images ({args.split})")
+        run.log("train", task=task.name, network=name, method=args.method, seed=args.seed, images=args.train_images or steps * args.batch_size,
+                lr=args.train_lr, split=args.split, untrained=before, trained=after)
+
+
+def customize_stage(args, machine):
+    """Writes the state_dict of an initialised network of any size for a task or a folder of images."""
+    path = Path(args.output)
+    if path.is_dir() or path.suffix not in (".pt", ".pth"):
+        fail(f"for --stage customize, --output names the file to write, ending in .pt or .pth, not {args.output}")
+    if len(args.tasks) != 1:
+        fail("--stage customize takes one task: --data NAME, or --data FOLDER with one sub-folder of images per class")
+    config = asked_architecture(args)
+    run = Run(args.tal_dir, vars(args), machine)
+    (task,) = load_tasks(args.tasks, args, machine).values()
+    hypernet, ancestry, embeddings = get_hypernet("tune", args, run, machine)
+    net = customize(hypernet, config, embedding(task, args, ancestry, embeddings, machine), task.num_classes)
+    score = accuracy(net, task, "val", machine.device)
+    run.print(f"{args.depth} layers, width {config.width}, {sum(p.numel() for p in net.parameters()):,} parameters, {task.num_classes} "
+              f"classes: {score:.2f} % untrained on val, chance {100 / task.num_classes:.2f} %")
+    if machine.rank == 0:
+        write_atomically(path, lambda p: torch.save({n: t.cpu() for n, t in net.state_dict().items()}, p))
+    run.print(f"wrote {path}")
+
+
+def plot(run, args, machine):
+    """Fig. 3: the learngene's task-specific graphs f_tau^G, averaged over nodes, in their first two principal components."""
+    hypernet, _, embeddings = get_hypernet("tune", args, run, machine)
+    nets = sizes(args, depths=range(3, 13))
+    nets = {n: c for n, c in nets.items() if n.endswith("Small")}
+    with torch.no_grad():
+        points = torch.stack([hypernet.learngene(encoded(c, machine.device)[1], I).mean(0) for I in embeddings.values() for c in nets.values()])
+    points = points - points.mean(0)
+    xy = points @ torch.linalg.svd(points, full_matrices=False).Vh[:2].T                       # (tasks * nets, 2)
+    xy = xy.view(len(embeddings), len(nets), 2).cpu()
+    within = (xy - xy.mean(1, keepdim=True)).pow(2).sum() / xy.pow(2).sum()
+    run.print(f"Fig. 3: {100 * (1 - within):.1f} % of the variance in the plane lies between tasks")
+    figure = {"tasks": list(embeddings), "networks": list(nets), "xy": xy.tolist(), "between": float(1 - within)}
+    write_atomically(run.dir / "figure3.json", lambda p: p.write_text(json.dumps(figure)))
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return run.print("wrote figure3.json; for the picture, pip install matplotlib")
+    for name, part in zip(embeddings, xy):
+        plt.scatter(part[:, 0], part[:, 1], s=[6 * c.depth for c in nets.values()], label=name, alpha=0.7)
+    plt.legend(fontsize=7), plt.title("Task-specific graphs; larger points are deeper networks")
+    plt.savefig(run.dir / "figure3.png", dpi=150)
+    run.print(f"wrote {run.dir / 'figure3.png'}")
 
 
 def main(argv=None):
     args = settings(argv)
     machine = setup_machine(args.device, args.amp, args.seed)
+    if args.stage == "customize":
+        return customize_stage(args, machine)
     run = Run(args.output, vars(args), machine)
+    run.print(f"preset {args.preset}: " + ", ".join(f"{k} {v}" for k, v in vars(args).items() if k not in ("preset", "tasks")))
     if args.stage == "ancestry":
         get_ancestry(args, run, machine)
     elif args.stage == "pretrain":
-        hypernet, _, embeddings = get_hypernet("pretrain", args, run, machine)
-        evaluate(run, args, machine, hypernet, {}, load_tasks([data.BASE], args, machine))
+        evaluate(run, args, machine, *get_hypernet("pretrain", args, run, machine), load_tasks([data.BASE], args, machine))
     elif args.stage in ("tune", "evaluate"):
-        hypernet, _, embeddings = get_hypernet("tune", args, run, machine)
-        table = evaluate(run, args, machine, hypernet, embeddings, load_tasks(args.tasks or data.DECATHLON, args, machine))
-        write_atomically(run.dir / f"evaluate-{args.split}.json", lambda p: p.write_text(json.dumps(table, indent=1)))
+        evaluate(run, args, machine, *get_hypernet("tune", args, run, machine), load_tasks(args.tasks or args.tune_tasks.split(","), args, machine))
+    elif args.stage == "train":
+        train(run, args, machine)
+    elif args.stage == "plot":
+        plot(run, args, machine)
 
 
 if __name__ == "__main__":
