@@ -255,7 +255,7 @@ class Machine:
         return torch.autocast(self.device.type, self.amp) if self.amp else contextlib.nullcontext()
 
 
-def setup_machine(device="auto", amp="auto", seed=0):
+def setup_machine(device="auto", amp="auto", seed=0, threads=0):
     """Seeds, picks device and precision, joins torchrun's process group when there is one (nccl on GPUs, else gloo)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,6 +274,8 @@ def setup_machine(device="auto", amp="auto", seed=0):
         torch.set_float32_matmul_precision("high")
     dtypes = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16,
               "auto": torch.bfloat16 if device.type == "cuda" else None}
+    if threads:
+        torch.set_num_threads(threads)
     random.seed(seed)
     torch.manual_seed(seed)
     return Machine(device, dtypes[amp], rank, world)
@@ -290,12 +292,13 @@ def rank_zero_first(machine):
 
 
 def average_gradients(params, world):
-    """Mean over processes of all gradients, as one message. A parameter unused here counts as a zero gradient."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    """Mean over processes of all gradients, as one message. What has no gradient here (the head of another task) has none
+    in any process, and is left out as it is in a single one."""
+    grads = [p.grad for p in params if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in grads])
     dist.all_reduce(flat)
-    for p, g in zip(params, (flat / world).split([g.numel() for g in grads])):
-        p.grad = g.view_as(p)
+    for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
 
 
 def cosine_lr(step, steps, warmup, final=0.0):
@@ -384,6 +387,7 @@ class Run:
     def log(self, stage, **values):
         """One JSON line."""
         if self.machine.rank == 0:
+            self.dir.mkdir(parents=True, exist_ok=True)
             with open(self.dir / "log.jsonl", "a") as f:
                 f.write(json.dumps({"stage": stage, **values}) + "\n")
 

@@ -7,7 +7,7 @@
 #   bash reproduce.sh data       contact sheet and difficulty table of the drawn tasks
 #   SMOKE=1 bash reproduce.sh    every command on almost no data, to see that it runs
 #
-# Two processes of one thread each: two cores do more work so than in one process. All stages resume when run again.
+# Two processes at a time (JOBS), one thread each. All stages resume when run again.
 set -euo pipefail
 cd "$(dirname "$0")"
 part=${1:-headline}
@@ -17,7 +17,6 @@ out=runs/headline
 budget=(--pretrain-epochs "${PRETRAIN:-4}" --tune-epochs "${TUNE:-6}")
 if [[ ${SMOKE:-} ]]; then out=runs/smoke; budget=(--pretrain-epochs 0.02 --tune-epochs 0.02 --ancestry-epochs 0.02); fi
 mkdir -p results "$out"
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 start() {   # start NAME FLAGS...: runs in the background, at most $jobs at a time, output in $out/NAME.txt
     local name=$1; shift

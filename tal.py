@@ -1,5 +1,22 @@
 """TAL, Task-Aware Learngene (Xu et al., ICML 2025): one hypernetwork that predicts the initial parameters of ViTs of
 any size for any task, trained under a pretrained "ancestry" model and tuned on many tasks at once.
+
+    python tal.py --stage pretrain      # data, ancestry and hypernetwork from nothing: minutes on two cores
+    python tal.py --stage tune          # ... and tuned on nine tasks; prints the accuracy of untrained networks
+    python tal.py --stage customize --data my_images/ --depth 6 --output vit.pt
+
+The paper's claims that this file measures: Tables 1, 2 (untrained), 3, 5 (trained on), 7, 8 (ablations), Fig. 3.
+Left out: GPT-2 (Table 6). D1, D2, ... mark decisions where paper and released code differ or are silent; README lists them.
+
+    paper            here                 meaning
+    f^G = (V, E)     Graph                computational graph; V nodes
+    H_D(f^G; theta)  Hypernet.predict     graph (and task) -> parameters of the network
+    I_tau            I           (t,)     task embedding
+    gamma, beta      gamma, beta (h,)     Eqs. (2)-(3); the gamma of Sec. 5.1 is --predparam
+    W^gamma, W^beta  W_gamma ... (h, t)   the task hypernet h
+    E_train, E_anc   (B, d), (B, d')      features before the head of the trained network and of the ancestry
+    M                M           (d, d')  predicted along with the network; the M of Eqs. (1) and (7) is --meta-batch
+    w_tau, T         sampling_weights     Sec. 5.1's temperature is --task-temperature; Eq. (7)'s T counts tasks
 """
 import argparse
 import dataclasses
@@ -10,6 +27,7 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -17,11 +35,11 @@ from torch.func import functional_call
 
 import data
 from common import (VIT_SIZES, Run, Training, ViT, ViTConfig, accuracy, fail, load_checkpoint, load_weights,
-                    amount, parameter_groups, parse_flags, positive, rank_zero_first, save_checkpoint, setup_machine, write_atomically, yes_no)
+                    amount, parameter_groups, parse_flags, positive, rank_zero_first, setup_machine, write_atomically, yes_no)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Model architecture datasets
+# 4. Model architecture datasets (described last in Sec. 4; first here, because all that follows reads architectures)
 # ----------------------------------------------------------------------------------------------------------------------
 
 def sample_architecture(dataset, rng):
@@ -100,7 +118,8 @@ class Graph:
         self.ops = torch.tensor([OPS.index(op) for op in ops])
         self.distance = shortest_paths(len(ops), edges)
         embedded = {j for i, j in edges if ops[i] == "pos_enc"}
-        self.sums = {i for i, op in enumerate(ops) if op == "sum" and i not in embedded}     # ends of residual branches
+        self.joins = {i for i, op in enumerate(ops) if op == "sum" and i not in embedded}    # ends of residual branches
+        self.sums = len(self.joins)
         matrices = [i for i, s in enumerate(shapes) if len(s) > 1 and names[i]]
         self.head = matrices[-1]                        # the classifier: last matrix of the forward pass
         self.num_classes = shapes[self.head][0]
@@ -116,13 +135,13 @@ class Graph:
         sizes = torch.zeros(len(self), 4)
         for i, shape in enumerate(self.shapes):
             sizes[i, :len(shape)] = torch.tensor(shape, dtype=torch.float32)
-        # A class count is a property of the task, not of the architecture. Shown here, it would tell a network without
+        # D10: a class count belongs to the task, not to the architecture. Shown here, it would tell a network without
         # task information which task it serves; the released code shows it, in bins of 16.
         sizes[self.head, 0] = 0
         if self.head_bias is not None:
             sizes[self.head_bias, 0] = 0
         adjacent = self.distance == 1
-        # Relative depth: an absolute one (released code) leaves networks deeper than the trained ones with untrained rows.
+        # D11: relative depth. An absolute one (released code) leaves deeper networks than the trained with untrained rows.
         depth = self.distance[0].clamp(min=0).float()
         return (torch.stack([hat_size(s) for s in sizes.T], 1), adjacent.sum(0).clamp(max=MAX_DEGREE),
                 adjacent.sum(1).clamp(max=MAX_DEGREE), hat(depth / depth.max() * (DEPTH_ANCHORS - 1), DEPTH_ANCHORS))
@@ -154,7 +173,7 @@ class Graph:
             parts = 3 if len(weight) == 2 and weight[0] == 3 * weight[1] and not head else 1
             following = after.get(i, i)
             following = after.get(following, following) if OPS[self.ops[following]] == "bias" else following
-            residual = following in self.sums and len(shape) > 1
+            residual = following in self.joins and len(shape) > 1
             grouped.setdefault((shape, kind, head, parts, residual), []).append(i)
         if features:
             grouped[(features, self.shapes[self.head][1]), "M", False, 1, False] = [before[self.head]]
@@ -172,9 +191,8 @@ class Graph:
 def shortest_paths(count, edges):
     """(V, V) lengths of shortest directed paths, -1 where none; nodes are numbered topologically, so one sweep is enough."""
     far = count + 1
-    distance = torch.full((count, count), far).numpy()
-    for node in range(count):
-        distance[node, node] = 0
+    distance = np.full((count, count), far)
+    np.fill_diagonal(distance, 0)
     for source, target in sorted(edges, key=lambda e: e[1]):
         column = distance[:, target]
         column[:] = (distance[:, source] + 1).clip(max=column)
@@ -219,7 +237,7 @@ def encode_graph(net):
         before = [e for source in node.all_input_nodes for e in ends.get(source, [])]
         owner = next((modules[path] for path in reversed(list(node.meta.get("nn_module_stack") or {}))
                       if hasattr(modules.get(path), "num_heads")), None)
-        heads = (owner.num_heads,) if owner is not None else ()                    # the released graphs do not show it
+        heads = (owner.num_heads,) if owner is not None else ()               # D12: invisible in the released graphs
         if node.op == "placeholder":
             ends[node] = [0] if not ends else []
         elif node.op == "get_attr":
@@ -348,8 +366,8 @@ class Group:
 
 
 class LowRankDecoder(nn.Module):
-    """LoGAH's decoder: W = A B^T with A (out * kh, r) and B (in * kw, r), each r learned basis columns times a code of
-    r x r numbers that an MLP makes from the node's features. Vectors (biases, norms) need one code row only.
+    """LoGAH's decoder: W = A B^T with A (out * kh, r) and B (in * kw, r), each a learned basis of r columns times a code
+    of r x r numbers that an MLP makes from the node's features. D16: a vector (bias, norm) has rank one: r numbers do.
     """
     def __init__(self, hid, rank, channels, kernels, classes, mlp):
         super().__init__()
@@ -374,44 +392,63 @@ class LowRankDecoder(nn.Module):
         if group.head:
             if out > self.classes:
                 fail(f"the hypernetwork decodes at most {self.classes} classes, the task has {out}; raise --max-classes")
-            return size + torch.arange(out), None if not rest else torch.arange(rest[0])
+            return size + torch.arange(out), torch.arange(rest[0]) % size if rest else None
         # D7: queries, keys and values start at fixed rows, whatever the width. What is larger than the basis repeats it.
         rows = (torch.arange(group.parts)[:, None] * channels + torch.arange(out // group.parts)).flatten()
         rows = rows[:, None] + torch.arange(kh) * channels
         cols = (torch.arange(rest[0])[:, None] + torch.arange(kw) * channels).flatten() % size if rest else None
         return rows.flatten() % size, cols
 
+    @torch.no_grad()
+    def quiet_untrained_rows(self, groups):
+        """D19: scales by 0.1 the basis rows that none of the groups reads, given those of all training architectures.
+
+        A network wider than any of them then starts as the widest trained one with quiet channels beside it, which
+        further training can wake, and not with channels of full-size noise.
+        """
+        read = {"row_basis": [], "col_basis": [], "vector_basis": []}
+        for group in groups:
+            rows, cols = self.index(group)
+            read["vector_basis" if cols is None else "row_basis"].append(rows)
+            read["col_basis"].extend([] if cols is None else [cols])
+        for name, rows in read.items():
+            basis = getattr(self, name)
+            untrained = torch.ones(len(basis), dtype=torch.bool)
+            untrained[torch.cat(rows)] = False
+            basis[untrained.to(basis.device)] *= 0.1
+
     @functools.lru_cache(maxsize=None)
     def plan(self, groups):
         """Per graph, once: matrix and vector groups, and all basis rows they read, in one index per basis."""
         matrices = [g for g in groups if len(g.core) > 1]
         vectors = [g for g in groups if len(g.core) == 1]
-        rows, cols = zip(*(self.index(g) for g in matrices))
-        vector_rows = [self.index(g)[0] for g in vectors]
-        device = self.row_basis.device
-        gather = lambda parts: (torch.cat(parts).to(device), [len(p) for p in parts])
-        return matrices, vectors, gather(rows), gather(cols), gather(vector_rows), torch.cat([g.nodes for g in matrices])
 
-    def forward(self, h, groups, sums, how):
-        """Node features (V, hid) -> [(group, tensor (n, *shape))], scaled as `normalise` says."""
-        matrices, vectors, rows, cols, vector_rows, nodes = self.plan(groups)
+        def gather(parts):
+            return torch.cat([torch.arange(0), *parts]).to(self.row_basis.device), [len(p) for p in parts]
+
+        index = [self.index(g) for g in matrices]
+        return (matrices, vectors, gather([rows for rows, _ in index]), gather([cols for _, cols in index]),
+                gather([self.index(g)[0] for g in vectors]), torch.cat([g.nodes for g in matrices]))
+
+    def forward(self, h, groups):
+        """Node features (V, hid) -> per group a tensor (n, *shape)."""
+        matrices, vectors, rows, cols, vector_rows, nodes = self.plan(tuple(groups))
         z = self.mlp(h)
         codes = self.code(z[nodes]).view(-1, 2, self.rank, self.rank).split([len(g.nodes) for g in matrices])
         row_parts = self.row_basis[rows[0]].split(rows[1])
         col_parts = self.col_basis[cols[0]].split(cols[1])
-        out = []
+        out = {}
         for g, C, U, V in zip(matrices, codes, row_parts, col_parts):
             A = (U * self.rank ** -0.5) @ C[:, 0]                                    # (n, out * kh, r)
             B = V @ C[:, 1]                                                          # (n, in * kw, r)
-            W = A @ B.transpose(1, 2)                                                # (n, out * kh, in * kw)
+            out[g] = W = A @ B.transpose(1, 2)                                       # (n, out * kh, in * kw)
             if len(g.core) == 4:
                 o, i, kh, kw = g.core
-                W = W.view(-1, o, kh, i, kw).transpose(2, 3)                         # (n, out, in, kh, kw)
-            out.append((g, normalise(W, g, how, sums)))
+                out[g] = W.view(-1, o, kh, i, kw).transpose(2, 3)                    # (n, out, in, kh, kw)
         codes = self.vector_code(z)
         for g, U in zip(vectors, self.vector_basis[vector_rows[0]].split(vector_rows[1])):
-            out.append((g, normalise(codes[g.nodes] @ U.T, g, how, sums)))           # (n, out)
-        return out
+            out[g] = codes[g.nodes] @ U.T                                            # (n, out)
+        return [out[g] for g in groups]
 
 
 class TiledDecoder(nn.Module):
@@ -423,48 +460,50 @@ class TiledDecoder(nn.Module):
         self.conv = nn.Sequential(nn.ReLU(), nn.Linear(4 * hid, 8 * hid), nn.ReLU(), nn.Linear(8 * hid, tile * tile))
         self.class_layer = nn.Linear(tile, classes)          # the head's rows, from the tile's
 
-    def forward(self, h, groups, sums, how):
-        """Node features (V, hid) -> [(group, tensor (n, *shape))], scaled as `normalise` says."""
-        k, t = self.kernel, self.tile
+    def forward(self, h, groups):
+        """Node features (V, hid) -> per group a tensor (n, *shape)."""
+        k, t, tiles, out = self.kernel, self.tile, {}, []
         fc_weight, fc_bias = self.fc.weight.view(k * k, -1, h.shape[1]), self.fc.bias.view(k * k, -1)
-        out = []
+        for kernel in {g.core[2:] for g in groups}:                      # all nodes of one kernel size together
+            same = [g for g in groups if g.core[2:] == kernel]
+            ys, xs = ((torch.arange(n) + (k - n) // 2) % k for n in kernel or (1, 1))            # centre crop, or repeat
+            at = (ys[:, None] * k + xs).flatten().to(h.device)
+            z = torch.einsum("nc,poc->npo", h[torch.cat([g.nodes for g in same])], fc_weight[at]) + fc_bias[at]
+            z = self.conv(z).view(-1, len(at), t, t)                                             # (n, kh * kw, t, t)
+            tiles.update(zip(same, z.split([len(g.nodes) for g in same])))
         for g in groups:
-            rows, *rest = g.core
-            if g.head and rows > self.classes:
-                fail(f"the hypernetwork decodes at most {self.classes} classes, the task has {rows}; raise --max-classes")
-            kh, kw = rest[1:] if len(rest) == 3 else (1, 1)
-            ys, xs = (((torch.arange(n, device=h.device) + (k - n) // 2) % k) for n in (kh, kw))   # centre crop, or repeat
-            at = (ys[:, None] * k + xs).flatten()
-            z = torch.einsum("nc,poc->npo", h[g.nodes], fc_weight[at]) + fc_bias[at]             # (n, kh * kw, 4 hid)
-            tile = self.conv(z).view(len(z), len(at), t, t)
+            tile, (rows, *rest) = tiles[g], g.core
             if g.head:                                                                           # (n, 1, classes, t)
+                if rows > self.classes:
+                    fail(f"the hypernetwork decodes at most {self.classes} classes, the task has {rows}; raise --max-classes")
                 tile = self.class_layer(tile.relu().transpose(2, 3)).transpose(2, 3)
             if not rest:
                 vector = tile[:, 0].mean(-1)
-                W = vector.repeat(1, math.ceil(rows / vector.shape[1]))[:, :rows]
-                out.append((g, normalise(W, g, how, sums)))
+                out.append(vector.repeat(1, math.ceil(rows / vector.shape[1]))[:, :rows])
                 continue
             W = tile.repeat(1, 1, math.ceil(rows / tile.shape[2]), math.ceil(rest[0] / t))[..., :rows, :rest[0]]
-            out.append((g, normalise(W.permute(0, 2, 3, 1), g, how, sums)))                      # (n, out, in, kh * kw)
+            out.append(W.permute(0, 2, 3, 1))                                                    # (n, out, in, kh * kw)
         return out
 
 
 def normalise(W, group, how, sums):
-    """Scales decoded tensors (n, *shape) to what a network expects at its start (released code's rules; "rms" is ours).
+    """Scales decoded tensors (n, *shape) to what a network expects at its start.
 
-    Matrices: times sqrt(2 / fan-in) ("fan-in"), or to a root mean square of exactly sqrt(1 / fan-in) ("rms").
-    Norm weights 2 sigmoid(w / 2), biases tanh(0.2 w); position embeddings and class token as they are.
+    The released code's rules: matrices times sqrt(2 / fan-in), norm weights 2 sigmoid(w / 2), biases tanh(0.2 w).
+    D8: "rms" sets the root mean square of a matrix to sqrt(1 / fan-in), and divides the last matrix of a residual branch
+    by the number of branches beyond 6, so that a deeper network takes smaller steps. Position embeddings and class
+    tokens start at 0.2 of what is decoded; at full size they drown the patches and delay all learning.
     """
     if group.kind in ("ln", "bn"):
         return 2 * torch.sigmoid(W / 2)
     if group.kind == "bias":
         return torch.tanh(0.2 * W)
     if group.kind == "pos_enc":
-        return 0.2 * W                   # D8: 0.2 of the released scale; a stronger start delays all learning
+        return 0.2 * W
     fan_in = math.prod(group.shape[1:])
     if how == "fan-in":
         return W * (2 / fan_in) ** 0.5
-    scale = (1 / fan_in) ** 0.5 * (min(1, 6 / max(1, sums)) if group.residual else 1)
+    scale = (1 / fan_in) ** 0.5 * (6 / max(6, sums) if group.residual else 1)
     return W * (scale * torch.rsqrt(W.pow(2).mean(tuple(range(1, W.ndim)), keepdim=True) + 1e-8))
 
 
@@ -486,8 +525,9 @@ class Hypernet(nn.Module):
         groups = graph.groups(num_classes, features)
         h = self.learngene(graph, I)                                                 # (V, hid)
         weights = {}
-        for group, W in self.decoder(h, groups, len(graph.sums), self.normalisation):
-            weights.update(zip(group.names, W.reshape(-1, *group.shape).unbind(0)))
+        for group, W in zip(groups, self.decoder(h, groups)):
+            W = normalise(W.reshape(-1, *group.shape), group, self.normalisation, graph.sums)
+            weights.update(zip(group.names, W.unbind(0)))
         return weights
 
     def groups(self, lr, lr_basis, weight_decay):
@@ -510,7 +550,10 @@ def meta_batch_loss(losses):
 
 
 def loss_aux(E_train, E_anc, M, temperature=1.0):
-    """Eq. (4): KL(softmax(E_train M) || softmax(E_anc)), mean over the batch. E_train (B, d), M (d, d'), E_anc (B, d')."""
+    """Eq. (4): KL(softmax(E_train M) || softmax(E_anc)), mean over the batch. E_train (B, d), M (d, d'), E_anc (B, d').
+
+    D3: the released code has the two sides exchanged, temperature 3, and divides by batch size times classes.
+    """
     log_p = F.log_softmax(E_train @ M / temperature, -1)
     log_q = F.log_softmax(E_anc / temperature, -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()                            # Eq. (4)
@@ -568,7 +611,7 @@ def tal_step(hypernet, ancestry, config, task, x, y, I, args, machine):
         with torch.no_grad():
             E_anc = ancestry(x) if ancestry is not None else None
             if args.method == "tal+" and E_anc is not None and task.name in ancestry.heads:
-                soft = ancestry.heads[task.name](E_anc).softmax(-1)                  # D8: half label, half ancestry
+                soft = ancestry.heads[task.name](E_anc).softmax(-1)                  # D9: half label, half ancestry
                 y = (soft + F.one_hot(y, task.num_classes)) / 2
     cls = loss_cls(y, logits.float())
     aux = loss_aux(E_train.float(), E_anc.float(), M, args.temperature) if alpha else torch.zeros_like(cls)
@@ -651,8 +694,6 @@ def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddi
         job.update(loss, loss_cls=cls, loss_aux=aux)
 
 
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Customize models across different tasks
 # ----------------------------------------------------------------------------------------------------------------------
@@ -673,7 +714,9 @@ STAGES = ["ancestry", "pretrain", "tune", "evaluate", "train", "customize", "plo
 METHODS = ["tal", "tal+", "logah", "ghn3", "random"]
 PRESETS = ["drawn", "paper"]
 CODE = "paper silent; authors' code"
-def sizes_list(text):
+
+
+def two_sizes(text):
     if len(text.split(",")) != 2:
         raise argparse.ArgumentTypeError("two sizes, as in 128,256")
     return [positive(n) for n in text.split(",")]
@@ -687,6 +730,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--output", str, "runs/tal", "directory of the run; for customize, the file to write"),
     ("--seed", int, 0, "seed of the run; the data have their own, fixed"),
     ("--device", str, "auto", "cpu, cuda, cuda:1 ..."),
+    ("--threads", int, (1, 0), "CPU threads, 0 for all; the drawn networks are too small to gain from a second one"),
     ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision of the networks (Sec. 5.1); auto: bf16 on a GPU, none on a CPU"),
     ("--batch-size", positive, (64, 512), f"images per step, over all processes; {CODE}: 512"),
     ("--epochs", amount, 0.0, "epochs of the stage asked for; 0 takes the next four flags"),
@@ -717,7 +761,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--hyper-heads", positive, (8, 16), f"its attention heads; {CODE}: 16"),
     ("--max-distance", positive, (12, 50), f"longest path that its attention tells apart; {CODE}: 50"),
     ("--rank", positive, (64, 90), f"r of the low-rank decoder; {CODE}: 90"),
-    ("--mlp", sizes_list, ([128, 256], [512, 1024]), f"hidden sizes of the decoder's MLP; {CODE}: 4 and 8 times 128"),
+    ("--mlp", two_sizes, ([128, 256], [512, 1024]), f"hidden sizes of the decoder's MLP; {CODE}: 4 and 8 times 128"),
     ("--max-channels", positive, (256, 2048), f"channels with basis rows of their own; {CODE}: 2048"),
     ("--max-kernel", positive, (8, 16), f"kernel positions, likewise; {CODE}: 16"),
     ("--max-classes", positive, (128, 2048), "rows of the class head; Omniglot has 1623"),
@@ -786,33 +830,39 @@ def load_tasks(names, args, machine):
     return {name: task.to(machine.device) for name, task in tasks.items()}
 
 
+def train_ancestry(run, args, machine):
+    """The ancestry of the drawn data (D15): one encoder, a head per task, one task per step as while tuning."""
+    tasks = list(load_tasks([data.BASE, *data.DECATHLON], args, machine).values())
+    counts, classes = [len(t.labels["train"]) for t in tasks], {t.name: t.num_classes for t in tasks}
+    config = ViTConfig(args.image_size, args.patch, args.ancestry_width, args.ancestry_depth, args.ancestry_heads, pool=args.pool)
+    torch.manual_seed(args.seed)
+    ancestry = Ancestry(config, classes).to(machine.device)
+    steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
+    schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, 1, args.seed)
+    keys = ("seed", "batch_size", "ancestry_lr", "image_size", "patch", "pool", "ancestry_width", "ancestry_depth", "ancestry_heads")
+    job = Training(run, "ancestry", ancestry, parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
+                   warmup=round(args.warmup * steps), clip=args.clip, identity={k: getattr(args, k) for k in keys},
+                   extra={"config": dataclasses.asdict(config), "classes": classes}, batch_size=args.batch_size,
+                   save_every=args.save_every, log_every=args.log_every)
+    for step in job.steps():
+        ((task, visit),) = schedule[step]
+        x, y = tasks[task].batch("train", visit, args.batch_size, args.seed, args.augment, machine.rank, machine.world)
+        with machine.autocast():
+            logits = ancestry.heads[tasks[task].name](ancestry(x))
+        job.update(loss_cls(y, logits.float()))
+    scores = {t.name: accuracy(lambda x: ancestry.heads[t.name](ancestry(x)), t, "val", machine.device) for t in tasks}
+    run.print("ancestry, accuracy on val: " + ", ".join(f"{n} {a:.1f}" for n, a in scores.items()))
+    return ancestry
+
+
 def get_ancestry(args, run, machine):
-    """The trained ancestry model, frozen. Trains it when there is no checkpoint."""
+    """The ancestry model, frozen: --ancestry, else the run's own, trained first where there is none or half of one."""
     path = Path(args.ancestry) if args.ancestry else run["ancestry"]
-    saved = load_checkpoint(path, stage="ancestry") if args.ancestry or path.exists() else None
-    if args.stage == "ancestry" and not args.ancestry or saved is None or saved["step"] < saved["steps"]:
-        if not args.ancestry_epochs:
-            fail("this preset takes a pretrained ancestry model: give --ancestry FILE, or --ancestry-epochs to train one")
-        tasks = load_tasks([data.BASE, *data.DECATHLON], args, machine)
-        classes = {n: t.num_classes for n, t in tasks.items()}
-        config = ViTConfig(args.image_size, args.patch, args.ancestry_width, args.ancestry_depth, args.ancestry_heads, pool=args.pool)
-        torch.manual_seed(args.seed)
-        ancestry = Ancestry(config, classes).to(machine.device)
-        tasks, counts = list(tasks.values()), [len(t.labels["train"]) for t in tasks.values()]
-        steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
-        schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, 1, args.seed)
-        keys = {k: getattr(args, k) for k in ("seed", "batch_size", "ancestry_lr", "image_size", "patch", "pool", "ancestry_width", "ancestry_depth", "ancestry_heads")}
-        job = Training(run, "ancestry", ancestry, parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
-                       warmup=round(args.warmup * steps), clip=args.clip, batch_size=args.batch_size, save_every=args.save_every,
-                       log_every=args.log_every, identity=keys, extra={"config": dataclasses.asdict(config), "classes": classes})
-        for step in job.steps():
-            task = tasks[schedule[step][0][0]]
-            x, y = task.batch("train", schedule[step][0][1], args.batch_size, args.seed, True, machine.rank, machine.world)
-            with machine.autocast():
-                logits = ancestry.heads[task.name](ancestry(x))
-            job.update(loss_cls(y, logits.float()))
-        scores = {t.name: accuracy(lambda x: ancestry.heads[t.name](ancestry(x)), t, "val", machine.device) for t in tasks}
-        run.print("ancestry, accuracy on val: " + ", ".join(f"{n} {a:.1f}" for n, a in scores.items()))
+    saved = load_checkpoint(path, stage="ancestry") if args.ancestry or path.exists() else {"step": 0, "steps": 1}
+    if saved["step"] < saved["steps"] or args.stage == "ancestry":
+        if not args.ancestry_epochs or args.ancestry:
+            fail("needs a finished ancestry model: give one by --ancestry FILE, or train one by --ancestry-epochs and no --ancestry")
+        ancestry = train_ancestry(run, args, machine)
     else:
         config = ViTConfig(**saved["extra"]["config"])
         if (config.width, config.image_size) != (args.ancestry_width, args.image_size):
@@ -833,6 +883,7 @@ def get_hypernet(stage, args, run, machine):
         if saved["step"] == saved["steps"]:
             hypernet = build_hypernet(argparse.Namespace(**saved["config"])).to(machine.device)
             load_weights(hypernet, saved["model"], run[stage])
+            args.archs = saved["config"]["archs"]
             return hypernet, get_ancestry(args, run, machine) if args.task_info else None, saved["extra"]["embeddings"]
     ancestry = get_ancestry(args, run, machine) if args.alpha or args.tune_alpha or args.task_info else None
     if stage == "pretrain":
@@ -845,6 +896,16 @@ def get_hypernet(stage, args, run, machine):
         embeddings = {n: task_embedding(ancestry, t, machine) for n, t in tasks.items()} if args.task_info else {}
     args = argparse.Namespace(**{**vars(args), "alpha": alpha})
     train_hypernet(run, stage, args, machine, hypernet, ancestry if alpha else None, list(tasks.values()), embeddings, epochs)
+    return hypernet, ancestry, embeddings
+
+
+def finished_hypernet(stage, args, run, machine):
+    """get_hypernet's three, the hypernetwork made ready for sizes that it was not trained on."""
+    hypernet, ancestry, embeddings = get_hypernet(stage, args, run, machine)
+    if isinstance(hypernet.decoder, LowRankDecoder):
+        shapes = {dataclasses.replace(c, depth=1) for c in architectures(args.archs, args.image_size, args.patch, args.pool)}
+        hypernet.decoder.quiet_untrained_rows(group for config in shapes for group in
+                                              encoded(config, machine.device)[1].groups(hypernet.decoder.classes))
     return hypernet, ancestry, embeddings
 
 
@@ -902,7 +963,7 @@ def train(run, args, machine):
     """Further training from predicted parameters, or from random ones (Tables 1, 3 and 5; Table 5's tasks are unseen)."""
     config, name = asked_architecture(args), f"{args.depth}x{args.width or VIT_SIZES[args.size][0]}"
     if args.method != "random":
-        hypernet, ancestry, embeddings = get_hypernet(args.source, args, run, machine)
+        hypernet, ancestry, embeddings = finished_hypernet(args.source, args, run, machine)
     for task in load_tasks(args.tasks or data.DECATHLON, args, machine).values():
         torch.manual_seed(args.seed)
         net = ViT(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
@@ -938,7 +999,7 @@ def customize_stage(args, machine):
     config = asked_architecture(args)
     run = Run(args.tal_dir, vars(args), machine)
     (task,) = load_tasks(args.tasks, args, machine).values()
-    hypernet, ancestry, embeddings = get_hypernet("tune", args, run, machine)
+    hypernet, ancestry, embeddings = finished_hypernet("tune", args, run, machine)
     net = customize(hypernet, config, embedding(task, args, ancestry, embeddings, machine), task.num_classes)
     score = accuracy(net, task, "val", machine.device)
     run.print(f"{args.depth} layers, width {config.width}, {sum(p.numel() for p in net.parameters()):,} parameters, {task.num_classes} "
@@ -950,7 +1011,7 @@ def customize_stage(args, machine):
 
 def plot(run, args, machine):
     """Fig. 3: the learngene's task-specific graphs f_tau^G, averaged over nodes, in their first two principal components."""
-    hypernet, _, embeddings = get_hypernet("tune", args, run, machine)
+    hypernet, _, embeddings = finished_hypernet("tune", args, run, machine)
     nets = sizes(args, depths=range(3, 13))
     nets = {n: c for n, c in nets.items() if n.endswith("Small")}
     with torch.no_grad():
@@ -975,7 +1036,7 @@ def plot(run, args, machine):
 
 def main(argv=None):
     args = settings(argv)
-    machine = setup_machine(args.device, args.amp, args.seed)
+    machine = setup_machine(args.device, args.amp, args.seed, args.threads)
     if args.stage == "customize":
         return customize_stage(args, machine)
     run = Run(args.output, vars(args), machine)
@@ -983,9 +1044,9 @@ def main(argv=None):
     if args.stage == "ancestry":
         get_ancestry(args, run, machine)
     elif args.stage == "pretrain":
-        evaluate(run, args, machine, *get_hypernet("pretrain", args, run, machine), load_tasks([data.BASE], args, machine))
+        evaluate(run, args, machine, *finished_hypernet("pretrain", args, run, machine), load_tasks([data.BASE], args, machine))
     elif args.stage in ("tune", "evaluate"):
-        evaluate(run, args, machine, *get_hypernet("tune", args, run, machine), load_tasks(args.tasks or args.tune_tasks.split(","), args, machine))
+        evaluate(run, args, machine, *finished_hypernet("tune", args, run, machine), load_tasks(args.tasks or args.tune_tasks.split(","), args, machine))
     elif args.stage == "train":
         train(run, args, machine)
     elif args.stage == "plot":

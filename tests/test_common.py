@@ -323,8 +323,9 @@ def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
 
 def test_rewind_log(tmp_path):
     run = Run(tmp_path, {"seed": 1}, CPU)
+    assert not os.listdir(tmp_path)                                                  # nothing is written before all is in order
+    run.start("tune", 5)                                                             # no log yet: nothing to rewind
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
-    run.rewind_log("tune", 5)                                                        # no log yet: nothing to do
     for stage, step in (("pretrain", 5), ("pretrain", 10), ("tune", 5), ("tune", 10), ("tune", 15)):
         run.log(stage, step=step, loss=0.5)
     with open(tmp_path / "log.jsonl", "a") as f:
@@ -341,7 +342,7 @@ def test_rewind_log(tmp_path):
 def test_only_rank_zero_writes(tmp_path):
     run = Run(tmp_path, {"seed": 1}, common.Machine(torch.device("cpu"), None, rank=1, world=2))
     run.log("tune", step=1)
-    run.rewind_log("tune", 0)
+    run.start("tune", 0)
     assert not os.listdir(tmp_path)
 
 
@@ -552,10 +553,10 @@ def test_many_skipped_steps_leave_later_steps_as_they_are(tmp_path):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
-def test_average_gradients_counts_missing_ones_as_zero(monkeypatch):
-    """Two processes by hand: the other one holds gradients 3 and 5; here the second parameter was not used."""
+def test_average_gradients_is_the_mean_and_leaves_unused_parameters_alone(monkeypatch):
+    """Two processes by hand: the other one holds gradient (3, 3); no process used the second parameter."""
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     a.grad = torch.tensor([1.0, 2.0])
-    monkeypatch.setattr(common.dist, "all_reduce", lambda flat: flat.add_(torch.tensor([3.0, 3.0, 5.0])))
+    monkeypatch.setattr(common.dist, "all_reduce", lambda flat: flat.add_(torch.tensor([3.0, 3.0])))
     common.average_gradients([a, b], 2)
-    assert a.grad.tolist() == [2.0, 2.5] and b.grad.tolist() == [2.5]
+    assert a.grad.tolist() == [2.0, 2.5] and b.grad is None
