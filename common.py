@@ -448,6 +448,8 @@ class Training:
                     bar.set_postfix(self.flush(), refresh=False)
                 if self.step % self.save_every == 0 or self.step == self.total:
                     self.save()
+        if self.run.machine.world > 1:           # nobody looks for the checkpoint before rank 0 has written it
+            dist.barrier()
 
     def update(self, loss, **values):
         """One optimiser step on `loss`; `values` are 0-dim tensors to log. Does not wait for the device."""
