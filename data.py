@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Parser, ViT, ViTConfig, accuracy, cosine_lr, fail
+from common import Parser, ViT, ViTConfig, accuracy, cosine_lr, fail, positive
 
 DRAWN_VERSION = 1                   # part of the cache's file names: raise it when any drawing changes
 CHUNK = 125                         # images drawn at a time from one random stream; its arrays fit a core's cache
@@ -1005,9 +1005,9 @@ def main(argv=None):
     parser = Parser(description="Draw the mini visual decathlon and show it.")
     parser.add_argument("--output", default="results/contact_sheet.png", help="where the contact sheet goes")
     parser.add_argument("--data-dir", default="data", help="folder of the cache (drawn/ inside it)")
-    parser.add_argument("--image-size", type=int, default=32, help="side of the drawn images in pixels")
+    parser.add_argument("--image-size", type=positive, default=32, help="side of the drawn images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawn images")
-    parser.add_argument("--workers", type=int, default=2, help="threads that draw, processes that read folders")
+    parser.add_argument("--workers", type=positive, default=2, help="threads that draw, processes that read folders")
     parser.add_argument("--difficulty", action="store_true", help="print how hard each task is instead (minutes)")
     parser.add_argument("--tasks", default=",".join(DRAWN), help="comma-separated drawn tasks or folders")
     args = parser.parse_args(argv)
