@@ -722,6 +722,10 @@ def two_sizes(text):
     return [positive(n) for n in text.split(",")]
 
 
+def image_count(text):
+    return text if text == "tune" else positive(text)
+
+
 FLAGS = [   # name, type, (drawn, paper), help and source
     ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
     ("--method", METHODS, "tal", "tal+: wider architectures and the ancestry's soft labels; logah, ghn3: baselines; random: no prediction"),
@@ -738,7 +742,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--pretrain-epochs", amount, (4.0, 75.0), "Sec. 5.1"),
     ("--tune-epochs", amount, (6.0, 100.0), "Sec. 5.1"),
     ("--train-epochs", amount, (5.0, 100.0), "Tables 3 and 5"),
-    ("--train-images", str, "", "images per task for train, instead of epochs; tune: as many as tuning shows of the task"),
+    ("--train-images", image_count, "", "images per task for train, instead of epochs; tune: as many as tuning shows of the task"),
     ("--tune-tasks", str, ",".join(data.DECATHLON), "tasks to tune on (Sec. 5.1); a single one is TAL-st of Table 7"),
     ("--lr", amount, (3e-4, 3e-4), "peak learning rate, cosine (Sec. 5.1)"),
     ("--lr-basis", amount, (3e-3, 3e-4), "the same for decoder bases and graph embeddings; paper: one rate"),
@@ -884,7 +888,8 @@ def get_hypernet(stage, args, run, machine):
             hypernet = build_hypernet(argparse.Namespace(**saved["config"])).to(machine.device)
             load_weights(hypernet, saved["model"], run[stage])
             args.archs = saved["config"]["archs"]
-            return hypernet, get_ancestry(args, run, machine) if args.task_info else None, saved["extra"]["embeddings"]
+            embeddings = {n: I.to(machine.device) for n, I in saved["extra"]["embeddings"].items()}
+            return hypernet, get_ancestry(args, run, machine) if args.task_info else None, embeddings
     ancestry = get_ancestry(args, run, machine) if args.alpha or args.tune_alpha or args.task_info else None
     if stage == "pretrain":
         torch.manual_seed(args.seed)
@@ -953,9 +958,11 @@ def training_steps(task, args, machine):
     if args.train_images == "tune":
         counts = {n: len(t.labels["train"]) for n, t in load_tasks(args.tune_tasks.split(","), args, machine).items()}
         share = dict(zip(counts, sampling_weights(list(counts.values()), args.task_temperature).tolist()))
+        if task.name not in share:
+            fail(f"--train-images tune: {task.name} is not among the tuned tasks; give a number")
         images = args.tune_epochs * sum(counts.values()) * share[task.name]
     elif args.train_images:
-        images = positive(args.train_images)
+        images = args.train_images
     return math.ceil(images / args.batch_size)
 
 
@@ -1012,6 +1019,8 @@ def customize_stage(args, machine):
 def plot(run, args, machine):
     """Fig. 3: the learngene's task-specific graphs f_tau^G, averaged over nodes, in their first two principal components."""
     hypernet, _, embeddings = finished_hypernet("tune", args, run, machine)
+    if not embeddings:
+        fail(f"Fig. 3 shows task-specific graphs; {args.method} without task information has none")
     nets = sizes(args, depths=range(3, 13))
     nets = {n: c for n, c in nets.items() if n.endswith("Small")}
     with torch.no_grad():
