@@ -21,7 +21,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import sys
 import time
 from datetime import timedelta
@@ -34,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 CHECKPOINT_FORMAT = 1
-MAX_BAD_STEPS = 20            # consecutive steps without a finite loss after which a run stops
+MAX_BAD_STEPS = 20            # consecutive non-finite steps after which a run stops; looked at with every log line
 
 
 def fail(message):
@@ -166,17 +165,21 @@ class ViT(nn.Module):
         return self.head(self.encode(x))
 
 
-def vit(size, depth=12, **overrides):
-    """ViT of a named size: vit("small", 6, num_classes=102) is a 6-Small."""
+def vit_config(size, depth=12, **overrides):
+    """Configuration of a named size: vit_config("small", 6, num_classes=102) is a 6-Small."""
     if size not in VIT_SIZES:
         fail(f"unknown size {size!r}; choose one of {', '.join(VIT_SIZES)}")
     width, heads = VIT_SIZES[size]
-    return ViT(ViTConfig(width=width, heads=heads, depth=depth, **overrides))
+    return ViTConfig(**{"width": width, "heads": heads, "depth": depth, **overrides})
+
+
+def vit(size, depth=12, **overrides):
+    return ViT(vit_config(size, depth, **overrides))
 
 
 @torch.no_grad()
 def accuracy(forward, task, split, device, limit=None, batch_size=500):
-    """Top-1 accuracy in percent of `forward` (images -> logits) on a split of a data.Task."""
+    """Top-1 accuracy in percent of `forward` (images -> logits) on a split of a data.Task, or on its first `limit` images."""
     x, y = task.examples(split, limit)
     correct = [(forward(a.to(device)).argmax(-1) == b.to(device)).sum() for a, b in zip(x.split(batch_size), y.split(batch_size))]
     return 100 * int(torch.stack(correct).sum()) / len(y)
@@ -198,6 +201,13 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (-h lists the flags)")
 
 
+def whole(text):
+    """A whole number of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("a whole number of at least 0")
+    return int(text)
+
+
 def positive(text):
     """A whole number of at least 1."""
     if int(text) < 1:
@@ -206,9 +216,16 @@ def positive(text):
 
 
 def amount(text):
-    """A number of at least 0."""
-    if not float(text) >= 0:
-        raise argparse.ArgumentTypeError("a number of at least 0")
+    """A finite number of at least 0."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError("a finite number of at least 0")
+    return float(text)
+
+
+def share(text):
+    """A number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError("a number from 0 to 1")
     return float(text)
 
 
@@ -247,7 +264,7 @@ def parse_flags(description, rows, presets, argv=None):
 @dataclasses.dataclass(frozen=True)
 class Machine:
     device: torch.device
-    amp: torch.dtype | None           # dtype of autocast; None computes in float32
+    amp: torch.dtype | None           # dtype of autocast; None computes in float32 (TF32 matrix products on a GPU)
     rank: int = 0
     world: int = 1
 
@@ -259,24 +276,28 @@ def setup_machine(device="auto", amp="auto", seed=0, threads=0):
     """Seeds, picks device and precision, joins torchrun's process group when there is one (nccl on GPUs, else gloo)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda"):
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or index and not index.isdigit():
         fail(f"--device is auto, cpu, cuda or cuda:N, not {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        fail("--device cuda was asked for, but torch finds no GPU here; use --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind == "cuda" and world > 1:
+        if index:
+            fail("under torchrun say --device cuda: every process takes a GPU of its own")
+        index = os.environ["LOCAL_RANK"]
+    if kind == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= found:
+            fail(f"--device cuda: torch finds {found} GPUs here, number {index or 0} was asked for; use --device cpu")
+        torch.cuda.set_device(int(index or 0))
     if world > 1 and not dist.is_initialized():
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=timedelta(minutes=30))
-    device = torch.device(device)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    device = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     dtypes = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16,
               "auto": torch.bfloat16 if device.type == "cuda" else None}
     if threads:
         torch.set_num_threads(threads)
-    random.seed(seed)
     torch.manual_seed(seed)
     return Machine(device, dtypes[amp], rank, world)
 
@@ -358,6 +379,8 @@ class Run:
     """An output directory. Only rank 0 writes."""
     def __init__(self, output, config, machine):
         self.dir, self.config, self.machine = Path(output), config, machine
+        if self.dir.exists() and not self.dir.is_dir():
+            fail(f"--output {output} is a file; name a directory")
 
     def start(self, stage, step):
         """Called by a stage once all is found in order: config.json, and a log that says nothing beyond `step`."""
@@ -404,6 +427,8 @@ class Training:
     """The bookkeeping of one training stage; the loop itself stands where the method stands (see the top of this file).
 
     net: the module whose state is checkpointed; groups: AdamW parameter groups, each with its own peak "lr".
+    steps, warmup: in optimiser steps; clip: gradient norm, None for no clipping; batch_size: images per step over all
+    processes, for log and progress bar only. What is logged are means over finite steps, and over processes.
     identity: what a checkpoint must agree on to be resumed (method, seed, sizes ...): a dict of plain values.
     extra: plain values stored beside the weights. A finished stage yields no steps.
     """
@@ -461,13 +486,14 @@ class Training:
         if self.run.machine.world > 1:
             average_gradients(self.params, self.run.machine.world)
         self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         if self.clip:
-            nn.utils.clip_grad_norm_(self.params, self.clip)
+            nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.half else 1.0)
         self.step += 1
         with torch.no_grad():
-            finite = torch.isfinite(loss)
+            finite = torch.isfinite(loss) & torch.isfinite(norm)
             for name, value in {"loss": loss, **values}.items():
                 self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value.detach().float(), 0)
             self.good = self.good + finite
@@ -478,8 +504,10 @@ class Training:
         """Writes the means since the last call as one log line; the only place where the loop waits for the device."""
         machine = self.run.machine
         if int(self.bad_in_a_row) >= MAX_BAD_STEPS:
-            fail(f"{self.stage}: the loss was not finite in the last {int(self.bad_in_a_row)} steps; the last good checkpoint "
-                 f"is {self.run[self.stage]}; lower --lr, or turn --amp off")
+            path = self.run[self.stage]
+            fail(f"{self.stage}: the loss was not finite in the last {int(self.bad_in_a_row)} steps; "
+                 f"{f'the last good checkpoint is {path}' if path.exists() else 'there is no checkpoint yet'}; "
+                 "lower --lr, or say --amp none")
         values = torch.stack([v / self.good.clamp(min=1) for v in self.sums.values()])
         if machine.world > 1:
             dist.all_reduce(values)

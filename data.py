@@ -30,6 +30,7 @@ as 32 x 32, drawn finer. What a class looks like does not depend on the seed.
     python data.py --difficulty     how hard each task is: chance, a linear model on pixels, a small ViT
 """
 import hashlib
+import itertools
 import os
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Parser, ViT, ViTConfig, accuracy, cosine_lr, fail, positive
+from common import Parser, ViT, ViTConfig, accuracy, cosine_lr, fail, positive, whole, write_atomically
 
 DRAWN_VERSION = 1                   # part of the cache's file names: raise it when any drawing changes
 CHUNK = 125                         # images drawn at a time from one random stream; its arrays fit a core's cache
@@ -741,11 +742,11 @@ def draw_missing(names, data_dir, image_size, seed, workers):
             parts[name, split].append(images)
     for key in missing:
         found[key] = np.concatenate(parts.pop(key))
-        path = cache_path(*key, data_dir, image_size, seed)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
-            np.save(file, found[key])
-        os.replace(file.name, path)
+
+        def write(path, images=found[key]):
+            with open(path, "wb") as file:
+                np.save(file, images)
+        write_atomically(cache_path(*key, data_dir, image_size, seed), write)
     return found
 
 
@@ -772,6 +773,11 @@ class Task:
     labels: dict
     orders: dict = field(default_factory=dict, repr=False)
 
+    def __post_init__(self):
+        device = self.labels["train"].device
+        self.scale = torch.tensor([1 / (255 * s) for s in self.std], device=device).view(3, 1, 1)
+        self.shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std)], device=device).view(3, 1, 1)
+
     @property
     def num_classes(self):
         return len(self.class_names)
@@ -791,10 +797,7 @@ class Task:
 
     def normalise(self, images):
         """float32 (x / 255 - mean) / std of uint8 images."""
-        shape = (3, 1, 1)
-        scale = torch.tensor([1 / (255 * s) for s in self.std], device=images.device).view(shape)
-        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std)], device=images.device).view(shape)
-        return images.float().mul_(scale).add_(shift)
+        return images.float().mul_(self.scale).add_(self.shift)
 
     def batch(self, split, step, batch_size, seed=0, augment=False, rank=0, world=1):
         """Batch number `step` of an endless stream: x float32 [b, 3, S, S] normalised, y int64 [b].
@@ -808,11 +811,11 @@ class Task:
         rows = torch.cat([self.order(split, epoch, seed)[max(first - epoch * n, 0):last - epoch * n]
                           for epoch in range(first // n, (last - 1) // n + 1)])[rank::world]
         images, device = self.images[split], self.images[split].device
-        rows = rows.to(device)
+        rows = to_device(rows, device)
         if augment:
             margin = images.shape[-1] // 16
             shifts = torch.randint(-margin, margin + 1, (batch_size, 2), generator=generator(seed, step, 1))
-            images = shifted(images[rows], shifts[rank::world].to(device))
+            images = shifted(images[rows], to_device(shifts[rank::world], device))
         else:
             images = images[rows]
         return self.normalise(images), self.labels[split][rows]
@@ -820,6 +823,11 @@ class Task:
     def examples(self, split, limit=None):
         """The first `limit` images of a split in their fixed order (all by default): x normalised, y."""
         return self.normalise(self.images[split][:limit]), self.labels[split][:limit]
+
+
+def to_device(tensor, device):
+    """tensor.to(device) that does not make the host wait for a GPU, as copying from ordinary memory would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def shifted(images, shifts):
@@ -931,10 +939,11 @@ def load_folder(root, image_size, workers):
     if "test" not in files:
         print(f"{root}: no test folder, so test is the same as val")
         files["test"] = files["val"]
-    files["train"] = train
+    mixed = lambda file: hashlib.sha256(os.path.relpath(file[0], root).encode()).digest()
+    files["train"] = sorted(train, key=mixed)               # any first n of them are a fair sample of the classes
     images = {split: read_images(files[split], image_size, workers) for split in SPLITS}
     labels = {split: torch.tensor([label for _, label in files[split]]) for split in SPLITS}
-    return make_task(os.path.basename(os.path.abspath(root)), classes, images, labels)
+    return make_task(root, classes, images, labels)          # named by its path: a folder called signs is not the drawn task
 
 
 def load_many(names, data_dir="data", image_size=32, seed=0, workers=2):
@@ -970,7 +979,7 @@ def contact_sheet(tasks, path, columns=20, zoom=2):
         classes = min(columns, task.num_classes)
         stride = task.num_classes // classes                # k % stride: not the same fill and palette all along
         order = [k % classes * task.num_classes // classes + k % stride for k in range(columns)]
-        seen = {k: iter((labels == k).nonzero()[:, 0].tolist()) for k in set(order)}
+        seen = {k: itertools.cycle((labels == k).nonzero()[:, 0].tolist()) for k in set(order)}
         rows += [task.images["val"][next(seen[k])] for k in order]
     sheet = F.interpolate(torch.stack(rows).float() / 255, scale_factor=zoom, mode="nearest")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -997,8 +1006,9 @@ def difficulty(task):
     size = task.images["train"].shape[-1]
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, task.num_classes))
     config = ViTConfig(size, size // 4, width=48, depth=3, heads=6, num_classes=task.num_classes, pool="avg")
+    steps = max(1250, len(task.labels["train"]) // 16)           # at least 80,000 images and at least four epochs
     return (fit(linear, task, steps=1500, batch_size=256, lr=1e-3, weight_decay=0.1, augment=False),
-            fit(ViT(config), task, steps=max(1250, len(task.labels["train"]) // 16), batch_size=64, lr=2e-3, weight_decay=0.05, augment=True))
+            fit(ViT(config), task, steps, batch_size=64, lr=2e-3, weight_decay=0.05, augment=True))
 
 
 def main(argv=None):
@@ -1006,11 +1016,13 @@ def main(argv=None):
     parser.add_argument("--output", default="results/contact_sheet.png", help="where the contact sheet goes")
     parser.add_argument("--data-dir", default="data", help="folder of the cache (drawn/ inside it)")
     parser.add_argument("--image-size", type=positive, default=32, help="side of the drawn images in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn images")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the drawn images")
     parser.add_argument("--workers", type=positive, default=2, help="threads that draw, processes that read folders")
     parser.add_argument("--difficulty", action="store_true", help="print how hard each task is instead (minutes)")
     parser.add_argument("--tasks", default=",".join(DRAWN), help="comma-separated drawn tasks or folders")
     args = parser.parse_args(argv)
+    if not args.output.endswith((".png", ".jpg")):
+        fail(f"--output {args.output} must end in .png or .jpg")
     tasks = load_many(args.tasks.split(","), args.data_dir, args.image_size, args.seed, args.workers)
     if not args.difficulty:
         contact_sheet(tasks, args.output)

@@ -5,7 +5,7 @@
 #   bash reproduce.sh direct     the same network trained directly on as many images of each task (an upper bound)
 #   bash reproduce.sh unseen     Table 5: tasks never tuned on, short training from TAL, LoGAH and random parameters
 #   bash reproduce.sh data       contact sheet and difficulty table of the drawn tasks
-#   SMOKE=1 bash reproduce.sh    every command on almost no data, to see that it runs
+#   SMOKE=1 bash reproduce.sh    the headline's commands on almost no data, to see that they run
 #
 # Two processes at a time (JOBS), one thread each. All stages resume when run again.
 set -euo pipefail
@@ -18,14 +18,14 @@ budget=(--pretrain-epochs "${PRETRAIN:-4}" --tune-epochs "${TUNE:-6}")
 if [[ ${SMOKE:-} ]]; then out=runs/smoke; budget=(--pretrain-epochs 0.02 --tune-epochs 0.02 --ancestry-epochs 0.02); fi
 mkdir -p results "$out"
 
-start() {   # start NAME FLAGS...: runs in the background, at most $jobs at a time, output in $out/NAME.txt
+start() {   # start NAME FLAGS...: runs in the background, at most $jobs at a time, output in $out/NAME/
     local name=$1; shift
     while (( $(jobs -rp | wc -l) >= jobs )); do wait -n; done
     local ancestry=(--ancestry "$out/ancestry/ancestry.pt")
     if [[ $name == ancestry ]]; then ancestry=(); fi
-    mkdir -p "$out/$name"
+    mkdir -p "$out/$name" && rm -f "$out/$name/failed"
     (python tal.py --output "$out/$name" "${ancestry[@]}" "$@" > "$out/$name/$(date +%s).txt" 2> "$out/$name/errors.txt" && touch "$out/$name/done" ||
-        echo "error: $name failed, see $out/$name/errors.txt" >&2) &
+        { touch "$out/$name/failed"; echo "error: $name failed, see $out/$name/errors.txt" >&2; }) &
 }
 
 finish() { while (( $(jobs -rp | wc -l) )); do wait -n; done; }
@@ -36,13 +36,13 @@ headline)
     for seed in $seeds; do
         start "logah-s$seed" --stage evaluate --seed "$seed" --method logah "${budget[@]}"
         start "ghn3-s$seed" --stage evaluate --seed "$seed" --method ghn3 "${budget[@]}"
-        until [[ -f "$out/ancestry/done" ]]; do sleep 1; done
+        until [[ -f "$out/ancestry/done" ]]; do [[ ! -f "$out/ancestry/failed" ]] || exit 1; sleep 1; done
         start "tal-s$seed" --stage evaluate --seed "$seed" "${budget[@]}"
         start "no-task-info-s$seed" --stage evaluate --seed "$seed" --no-task-info "${budget[@]}"
         start "no-ancestry-s$seed" --stage evaluate --seed "$seed" --no-ancestry "${budget[@]}"
     done
     finish
-    start "tal-s0" --stage plot
+    start "tal-s${seeds%% *}" --stage plot --seed "${seeds%% *}"
     finish ;;
 direct)
     for seed in $seeds; do start "direct-s$seed" --stage train --method random --seed "$seed" --train-images tune "${budget[@]}"; done
@@ -99,7 +99,8 @@ elif part in ("direct", "unseen"):
     for (network, images, method), by_task in sorted(rows.items()):
         seeds = sorted(set.intersection(*(set(by_task[t]) for t in tasks if t in by_task)))
         average = [statistics.mean(by_task[t][s] for t in by_task) for s in seeds]
-        lines.append(f"| {network} | {images} | {method} | " + " | ".join(spread(list(by_task.get(t, {0: 0}).values())) for t in tasks) + f" | {spread(average)} |")
+        lines.append(f"| {network} | {images} | {method} | " + " | ".join(spread(list(by_task[t].values())) if t in by_task else "-" for t in tasks) + f" | {spread(average)} |")
     (out.parent.parent / "results" / f"{part}{'-smoke' if out.name == 'smoke' else ''}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 PY
+! find "$out" -name failed | grep -q .

@@ -35,7 +35,8 @@ from torch.func import functional_call
 
 import data
 from common import (VIT_SIZES, Run, Training, ViT, ViTConfig, accuracy, fail, load_checkpoint, load_weights,
-                    amount, parameter_groups, parse_flags, positive, rank_zero_first, setup_machine, write_atomically, yes_no)
+                    amount, parameter_groups, parse_flags, positive, rank_zero_first, setup_machine, share, vit_config, whole,
+                    write_atomically, yes_no)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def hat_size(sizes):
 class Graph:
     """f^G = (V, E): nodes are operations, or the parameters that an operation owns; edges follow the forward pass.
 
-    ops: (V,) index into OPS            shapes: list of parameter shapes, () where a node has none
+    ops: (V,) index into OPS            shapes: of parameters; (heads,) of attention; () of other nodes
     names: parameter name or None       edges: list of (from, to)
     distance: (V, V) length of the shortest directed path, -1 where there is none: the "virtual edges" of GHN-2
     """
@@ -264,7 +265,7 @@ def encode_graph(net):
             if op == "sum" and len(node.all_input_nodes) < 2:                      # adding a constant joins no branches
                 op = None
             ends[node] = chain(op, owned, before) if op else before
-    missing = [n for n in params if n not in made and params[n] is not None]
+    missing = [n for n in params if n not in made]
     if missing:
         fail(f"the forward pass of {type(net).__name__} does not use parameter {missing[0]}")
     return Graph(ops, names, shapes, edges)
@@ -466,8 +467,8 @@ class TiledDecoder(nn.Module):
         fc_weight, fc_bias = self.fc.weight.view(k * k, -1, h.shape[1]), self.fc.bias.view(k * k, -1)
         for kernel in {g.core[2:] for g in groups}:                      # all nodes of one kernel size together
             same = [g for g in groups if g.core[2:] == kernel]
-            ys, xs = ((torch.arange(n) + (k - n) // 2) % k for n in kernel or (1, 1))            # centre crop, or repeat
-            at = (ys[:, None] * k + xs).flatten().to(h.device)
+            ys, xs = ((torch.arange(n, device=h.device) + (k - n) // 2) % k for n in kernel or (1, 1))   # centre, or repeat
+            at = (ys[:, None] * k + xs).flatten()
             z = torch.einsum("nc,poc->npo", h[torch.cat([g.nodes for g in same])], fc_weight[at]) + fc_bias[at]
             z = self.conv(z).view(-1, len(at), t, t)                                             # (n, kh * kw, t, t)
             tiles.update(zip(same, z.split([len(g.nodes) for g in same])))
@@ -600,7 +601,8 @@ def encoded(config, device):
 
 
 def tal_step(hypernet, ancestry, config, task, x, y, I, args, machine):
-    """Loss of one architecture on one batch, Eqs. (4)-(6), with what is logged of it."""
+    """One architecture on one batch: x (B, 3, H, W), y (B,), I (t,) or None -> three float32 numbers: the loss of Eq. (6)
+    with the regularisation of predicted parameters, Eq. (5) and Eq. (4) (0 without ancestry)."""
     net, graph = encoded(config, machine.device)
     alpha = args.alpha if ancestry is not None else 0.0
     weights = hypernet.predict(graph, I, task.num_classes, args.ancestry_width if alpha else None)
@@ -632,7 +634,7 @@ def build_hypernet(args):
 
 @torch.no_grad()
 def task_embedding(ancestry, task, machine, limit=2000):
-    """I_tau: mean ancestry feature of a task's training images (t,).
+    """I_tau: mean ancestry feature (t,) of the first `limit` training images of a task; their classes are mixed.
 
     D4: brought to norm sqrt(t). The released embeddings have norms between 6 and 23, and an unseen task's falls outside.
     """
@@ -678,9 +680,12 @@ def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddi
     counts = [len(task.labels["train"]) for task in tasks]
     steps = math.ceil(epochs * sum(counts) / (args.batch_size * args.tasks_per_step))
     schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, args.tasks_per_step, args.seed)
+    # a run does not go on under another teacher
+    teacher = ancestry and round(sum(float(p.double().abs().sum()) for p in ancestry.parameters()), 3)
     job = Training(run, stage, hypernet, hypernet.groups(args.lr, args.lr_basis, args.weight_decay), steps,
-                   warmup=round(args.warmup * steps), clip=args.clip, identity=identity(stage, args), extra={"embeddings": embeddings},
-                   batch_size=args.batch_size * args.tasks_per_step, save_every=args.save_every, log_every=args.log_every)
+                   warmup=round(args.warmup * steps), clip=args.clip, identity={**identity(stage, args), "teacher": teacher},
+                   extra={"embeddings": embeddings}, batch_size=args.batch_size * args.tasks_per_step,
+                   save_every=args.save_every, log_every=args.log_every)
     for step in job.steps():
         rng = random.Random(f"{args.seed} {stage} {step} {machine.rank if args.arch_per_process else 0}")
         configs = rng.sample(archs, args.meta_batch)
@@ -688,8 +693,8 @@ def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddi
         for task, visit in schedule[step]:
             task = tasks[task]
             x, y = task.batch("train", visit, args.batch_size, args.seed, args.augment, machine.rank, machine.world)
-            rows.append([tal_step(hypernet, ancestry, config, task, x, y, embeddings.get(task.name), args, machine)
-                         for config in configs])
+            I = embeddings[task.name] if embeddings else None
+            rows.append([tal_step(hypernet, ancestry, config, task, x, y, I, args, machine) for config in configs])
         loss, cls, aux = (multi_task_loss(meta_batch_loss(values[i] for values in row) for row in rows) for i in range(3))
         job.update(loss, loss_cls=cls, loss_aux=aux)
 
@@ -700,7 +705,11 @@ def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddi
 
 @torch.no_grad()
 def customize(hypernet, config, I, num_classes):
-    """A ViT of any size for a task, ready to use or to train on: its parameters are predicted, none is random."""
+    """A ViT of any size for a task, ready to use or to train on: its parameters are predicted, none is random.
+
+    config: ViTConfig, whose num_classes is ignored; I: task embedding (t,) or None. More classes than --max-classes end
+    the program (exit code 2).
+    """
     net = ViT(dataclasses.replace(config, num_classes=num_classes)).to(next(hypernet.parameters()).device)
     net.load_state_dict(hypernet.predict(encoded(config, next(hypernet.parameters()).device)[1], I, num_classes))
     return net
@@ -728,13 +737,13 @@ def image_count(text):
 
 FLAGS = [   # name, type, (drawn, paper), help and source
     ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
-    ("--method", METHODS, "tal", "tal+: wider architectures and the ancestry's soft labels; logah, ghn3: baselines; random: no prediction"),
-    ("--data", str, "", "tasks, comma-separated: drawn tasks or folders of images (default: the stage's own)"),
-    ("--data-dir", str, "data", "where drawn data is cached and datasets are found"),
+    ("--method", METHODS, "tal", "tal+: wider architectures, soft labels; logah, ghn3: baselines; random: for train, no prediction"),
+    ("--data", str, "", "tasks, drawn or folders of images, comma-separated: what evaluate reports, train trains, customize serves"),
+    ("--data-dir", str, "data", "where drawn data is cached"),
     ("--output", str, "runs/tal", "directory of the run; for customize, the file to write"),
-    ("--seed", int, 0, "seed of the run; the data have their own, fixed"),
+    ("--seed", whole, 0, "seed of the run; the data have their own, fixed"),
     ("--device", str, "auto", "cpu, cuda, cuda:1 ..."),
-    ("--threads", int, (1, 0), "CPU threads, 0 for all; the drawn networks are too small to gain from a second one"),
+    ("--threads", whole, (1, 0), "CPU threads, 0 for all; the drawn networks are too small to gain from a second one"),
     ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision of the networks (Sec. 5.1); auto: bf16 on a GPU, none on a CPU"),
     ("--batch-size", positive, (64, 512), f"images per step, over all processes; {CODE}: 512"),
     ("--epochs", amount, 0.0, "epochs of the stage asked for; 0 takes the next four flags"),
@@ -747,10 +756,10 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--lr", amount, (3e-4, 3e-4), "peak learning rate, cosine (Sec. 5.1)"),
     ("--lr-basis", amount, (3e-3, 3e-4), "the same for decoder bases and graph embeddings; paper: one rate"),
     ("--weight-decay", amount, 1e-2, "AdamW (Sec. 5.1)"),
-    ("--warmup", amount, (0.03, 0.05), f"share of the steps that warm up; {CODE}: 5 of 75 epochs"),
+    ("--warmup", share, (0.03, 0.05), f"share of the steps that warm up; {CODE}: 5 of 75 epochs"),
     ("--clip", amount, (1.0, 5.0), f"gradient norm; {CODE}: 5"),
     ("--predparam", amount, 3e-5, "gamma, weight of the norms of predicted parameters (Sec. 5.1)"),
-    ("--alpha", amount, (0.5, 0.2), f"weight of L_aux, Eq. (6); {CODE}: 0.2"),
+    ("--alpha", share, (0.5, 0.2), f"weight of L_aux, Eq. (6); {CODE}: 0.2"),
     ("--temperature", amount, 1.0, "softmax temperature of Eq. (4); paper: none, authors' code: 3"),
     ("--task-temperature", amount, 2.0, "T of the task sampling (Sec. 5.1)"),
     ("--meta-batch", positive, 1, f"architectures per step, m of Eq. (1); {CODE}: 1"),
@@ -759,7 +768,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--archs", ["ViTs-1K", "ViTs+-1K", "drawn", "drawn+"], ("drawn", "ViTs-1K"), "architecture dataset; tal+ takes the + one (Sec. 4)"),
     ("--no-task-info", bool, False, "ablation TAL (w/o T.I.), Table 8"),
     ("--no-ancestry", bool, False, "ablation TAL (w/o ans-net), Table 8: no Eq. (4); the task embeddings stay"),
-    ("--tune-alpha", amount, (0.5, 0.0), "alpha while tuning; Eq. (7): \"typically the cross-entropy\", authors' code: 0"),
+    ("--tune-alpha", share, (0.5, 0.0), "alpha while tuning; Eq. (7): \"typically the cross-entropy\", authors' code: 0"),
     ("--hid", positive, (64, 128), f"width of the learngene; {CODE}: 128"),
     ("--layers", positive, (3, 5), f"its layers; {CODE}: 5"),
     ("--hyper-heads", positive, (8, 16), f"its attention heads; {CODE}: 16"),
@@ -783,13 +792,13 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--ancestry-lr", amount, (2e-3, 1e-3), "peak learning rate of the drawn ancestry"),
     ("--size", list(VIT_SIZES), ("drawn-small", "small"), "named width and heads, for train and customize"),
     ("--depth", positive, (3, 12), "layers, for train and customize"),
-    ("--width", int, 0, "overrides --size"),
-    ("--heads", int, 0, "overrides --size"),
+    ("--width", whole, 0, "overrides --size"),
+    ("--heads", whole, 0, "overrides --size"),
     ("--split", ["val", "test"], "test", "split that evaluate and train report; settings were chosen on val"),
     ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of further training"),
     ("--fresh-head", bool, False, "train: replace the predicted head by a random one (always for tasks never tuned on)"),
-    ("--workers", positive, 2, "processes that draw or decode images"),
-    ("--save-every", positive, (250, 300), f"steps between checkpoints; {CODE}: 300"),
+    ("--workers", positive, 2, "threads that draw, processes that read folders"),
+    ("--save-every", positive, (250, 300), f"steps between checkpoints, a multiple of --log-every; {CODE}: 300"),
     ("--log-every", positive, 50, "steps between log lines"),
 ]
 
@@ -798,7 +807,7 @@ def identity(stage, args):
     """What a checkpoint of the hypernetwork must agree on to be resumed: all that its training depends on."""
     keys = ["method", "seed", "task_info", "alpha", "batch_size", "lr", "lr_basis", "weight_decay", "warmup", "clip", "predparam",
             "temperature", "meta_batch", "arch_per_process", "archs", "hid", "layers", "hyper_heads", "max_distance", "rank", "mlp",
-            "max_channels", "max_kernel", "max_classes", "normalise", "image_size", "patch", "pool", "augment", "ancestry_width"]
+            "max_channels", "max_kernel", "max_classes", "normalise", "image_size", "patch", "pool", "augment", "ancestry_width", "amp"]
     if stage == "tune":
         keys += ["task_temperature", "tasks_per_step", "tune_tasks"]
     return {k: getattr(args, k) for k in keys}
@@ -811,12 +820,17 @@ def settings(argv=None):
     args.task_info = args.method in ("tal", "tal+") and not args.no_task_info
     if args.method not in ("tal", "tal+") or args.no_ancestry:
         args.alpha = args.tune_alpha = 0.0
+    if args.method == "random" and args.stage != "train":
+        fail("--method random is for --stage train; the other stages predict parameters")
     if args.epochs:
+        if args.stage not in ("ancestry", "pretrain", "tune", "train") or args.train_images:
+            fail("--epochs is for the stages ancestry, pretrain, tune, and train without --train-images; say --tune-epochs or the like")
         setattr(args, f"{args.stage}_epochs", args.epochs)
+    if args.data and args.stage in ("ancestry", "pretrain"):
+        fail(f"--stage {args.stage} has tasks of its own; --data is for tune, evaluate, train and customize")
     args.tasks = args.data.split(",") if args.data else []
-    for name, divisor in (("--hid", 4), ("--hid", args.hyper_heads)):
-        if args.hid % divisor:
-            fail(f"{name} {args.hid} is not a multiple of {divisor}; the shape embedding has 4 parts, attention --hyper-heads")
+    if args.hid % math.lcm(4, args.hyper_heads):
+        fail(f"--hid {args.hid} must be a multiple of 4 (parts of the shape embedding) and of --hyper-heads {args.hyper_heads}")
     if args.meta_batch > 1000:
         fail("--meta-batch: a dataset holds 1000 architectures")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
@@ -843,7 +857,8 @@ def train_ancestry(run, args, machine):
     ancestry = Ancestry(config, classes).to(machine.device)
     steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
     schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, 1, args.seed)
-    keys = ("seed", "batch_size", "ancestry_lr", "image_size", "patch", "pool", "ancestry_width", "ancestry_depth", "ancestry_heads")
+    keys = ("seed", "batch_size", "ancestry_lr", "image_size", "patch", "pool", "ancestry_width", "ancestry_depth", "ancestry_heads",
+            "weight_decay", "warmup", "clip", "augment", "task_temperature", "amp")
     job = Training(run, "ancestry", ancestry, parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
                    warmup=round(args.warmup * steps), clip=args.clip, identity={k: getattr(args, k) for k in keys},
                    extra={"config": dataclasses.asdict(config), "classes": classes}, batch_size=args.batch_size,
@@ -877,13 +892,17 @@ def get_ancestry(args, run, machine):
     return ancestry.eval().requires_grad_(False)
 
 
-def get_hypernet(stage, args, run, machine):
+def get_hypernet(stage, args, run, machine, to_tune=False):
     """(hypernetwork, ancestry, {task: embedding}) after "pretrain" or "tune", made first as far as that is still to do.
 
-    Later stages take a finished checkpoint as it is, with the settings it was trained with.
+    Later stages take a finished checkpoint as it is, of any length, sizes and architectures; tuning goes on from a
+    finished pretraining of any length, but of the same settings.
     """
-    if args.stage not in ("pretrain", "tune") and run[stage].exists():
-        saved = load_checkpoint(run[stage], stage=stage, method=args.method, task_info=args.task_info)
+    if (to_tune or args.stage not in ("pretrain", "tune")) and run[stage].exists():
+        expected = dict(method=args.method, task_info=args.task_info)
+        if args.stage in ("evaluate", "plot"):
+            expected |= dict(image_size=args.image_size, patch=args.patch, pool=args.pool)
+        saved = load_checkpoint(run[stage], stage=stage, **(identity(stage, args) if to_tune else expected))
         if saved["step"] == saved["steps"]:
             hypernet = build_hypernet(argparse.Namespace(**saved["config"])).to(machine.device)
             load_weights(hypernet, saved["model"], run[stage])
@@ -896,16 +915,17 @@ def get_hypernet(stage, args, run, machine):
         hypernet, alpha, epochs, embeddings = build_hypernet(args).to(machine.device), args.alpha, args.pretrain_epochs, {}
         tasks = load_tasks([data.BASE], args, machine)
     else:
-        hypernet = get_hypernet("pretrain", args, run, machine)[0]
+        hypernet = get_hypernet("pretrain", args, run, machine, to_tune=True)[0]
         tasks, alpha, epochs = load_tasks(args.tune_tasks.split(","), args, machine), args.tune_alpha, args.tune_epochs
         embeddings = {n: task_embedding(ancestry, t, machine) for n, t in tasks.items()} if args.task_info else {}
+    teacher = ancestry if alpha or args.method == "tal+" and not args.no_ancestry else None
     args = argparse.Namespace(**{**vars(args), "alpha": alpha})
-    train_hypernet(run, stage, args, machine, hypernet, ancestry if alpha else None, list(tasks.values()), embeddings, epochs)
+    train_hypernet(run, stage, args, machine, hypernet, teacher, list(tasks.values()), embeddings, epochs)
     return hypernet, ancestry, embeddings
 
 
 def finished_hypernet(stage, args, run, machine):
-    """get_hypernet's three, the hypernetwork made ready for sizes that it was not trained on."""
+    """get_hypernet's three, the hypernetwork made ready, in place, for sizes that it was not trained on (D19)."""
     hypernet, ancestry, embeddings = get_hypernet(stage, args, run, machine)
     if isinstance(hypernet.decoder, LowRankDecoder):
         shapes = {dataclasses.replace(c, depth=1) for c in architectures(args.archs, args.image_size, args.patch, args.pool)}
@@ -924,14 +944,14 @@ def embedding(task, args, ancestry, embeddings, machine):
 def sizes(args, depths=(3, 6, 12)):
     """{name: ViTConfig} of the evaluated sizes, Tables 1 and 2: {3, 6, 12}-Tiny, -Small, -Base or the drawn counterparts."""
     drawn = "drawn-" if args.preset == "drawn" else ""
-    return {f"{depth}-{size.title()}": ViTConfig(args.image_size, args.patch, VIT_SIZES[drawn + size][0], depth,
-                                                 VIT_SIZES[drawn + size][1], pool=args.pool)
+    shape = dict(image_size=args.image_size, patch_size=args.patch, pool=args.pool)
+    return {f"{depth}-{size.title()}": vit_config(drawn + size, depth, **shape)
             for size in ("tiny", "small", "base") for depth in depths}
 
 
 def asked_architecture(args):
-    width, heads = VIT_SIZES[args.size]
-    return ViTConfig(args.image_size, args.patch, args.width or width, args.depth, args.heads or heads, pool=args.pool)
+    asked = {name: value for name, value in (("width", args.width), ("heads", args.heads)) if value}
+    return vit_config(args.size, args.depth, image_size=args.image_size, patch_size=args.patch, pool=args.pool, **asked)
 
 
 def evaluate(run, args, machine, hypernet, ancestry, embeddings, tasks):
@@ -941,8 +961,8 @@ def evaluate(run, args, machine, hypernet, ancestry, embeddings, tasks):
     table = {}
     for name, config in sizes(args).items():
         name += "" if (config.width, config.depth) in trained else "*"
-        nets = {n: customize(hypernet, config, I[n], t.num_classes) for n, t in tasks.items()}
-        row = {n: accuracy(nets[n].eval(), tasks[n], args.split, machine.device) for n in tasks}
+        row = {n: accuracy(customize(hypernet, config, I[n], t.num_classes), t, args.split, machine.device)
+               for n, t in tasks.items()}
         table[name] = {**row, "average": sum(row.values()) / len(row)}
     run.print(f"untrained accuracy in percent, {args.split} split, method {args.method}, seed {args.seed} (* a size never trained on)")
     run.print(" " * 10 + "".join(f"{c[:9]:>10}" for c in [*tasks, "average"]))
@@ -957,10 +977,10 @@ def training_steps(task, args, machine):
     images = args.train_epochs * len(task.labels["train"])
     if args.train_images == "tune":
         counts = {n: len(t.labels["train"]) for n, t in load_tasks(args.tune_tasks.split(","), args, machine).items()}
-        share = dict(zip(counts, sampling_weights(list(counts.values()), args.task_temperature).tolist()))
-        if task.name not in share:
+        shares = dict(zip(counts, sampling_weights(list(counts.values()), args.task_temperature).tolist()))
+        if task.name not in shares:
             fail(f"--train-images tune: {task.name} is not among the tuned tasks; give a number")
-        images = args.tune_epochs * sum(counts.values()) * share[task.name]
+        images = args.tune_epochs * sum(counts.values()) * shares[task.name]
     elif args.train_images:
         images = args.train_images
     return math.ceil(images / args.batch_size)
@@ -981,19 +1001,22 @@ def train(run, args, machine):
                 net.load_state_dict(head, strict=False)
         before = accuracy(net, task, args.split, machine.device)
         steps = training_steps(task, args, machine)
-        keys = {k: getattr(args, k) for k in ("method", "seed", "batch_size", "train_lr", "source")}
-        job = Training(run, f"train-{task.name}-{name}-{steps}", net, parameter_groups(net, args.train_lr, args.weight_decay), steps,
-                       warmup=round(args.warmup * steps), clip=args.clip, identity=keys, batch_size=args.batch_size,
-                       save_every=args.save_every, log_every=args.log_every)
+        keys = ("method", "seed", "batch_size", "train_lr", "source", "fresh_head", "task_info", "no_ancestry", "weight_decay", "warmup",
+                "clip", "augment", "amp")
+        stage = f"train-{task.name.strip('/').replace('/', '_')}-{name}-{steps}"
+        job = Training(run, stage, net, parameter_groups(net, args.train_lr, args.weight_decay), steps, warmup=round(args.warmup * steps),
+                       clip=args.clip, identity={**{k: getattr(args, k) for k in keys}, **dataclasses.asdict(config)},
+                       batch_size=args.batch_size, save_every=args.save_every, log_every=args.log_every)
         for step in job.steps():
             x, y = task.batch("train", step, args.batch_size, args.seed, args.augment, machine.rank, machine.world)
             with machine.autocast():
                 logits = net(x)
             job.update(loss_cls(y, logits.float()))
         after = accuracy(net, task, args.split, machine.device)
-        run.print(f"{name} on {task.name}, {args.method}: {before:.2f} untrained, {after:.2f} after {steps * args.batch_size} images ({args.split})")
-        run.log("train", task=task.name, network=name, method=args.method, seed=args.seed, images=args.train_images or steps * args.batch_size,
-                lr=args.train_lr, split=args.split, untrained=before, trained=after)
+        images = args.train_images or steps * args.batch_size
+        run.print(f"{name} on {task.name}, {args.method}: {before:.2f} untrained, {after:.2f} after {images} images ({args.split})")
+        run.log("train", task=task.name, network=name, method=args.method, seed=args.seed, images=images, lr=args.train_lr,
+                split=args.split, untrained=before, trained=after)
 
 
 def customize_stage(args, machine):
@@ -1018,18 +1041,21 @@ def customize_stage(args, machine):
 
 def plot(run, args, machine):
     """Fig. 3: the learngene's task-specific graphs f_tau^G, averaged over nodes, in their first two principal components."""
-    hypernet, _, embeddings = finished_hypernet("tune", args, run, machine)
-    if not embeddings:
+    if not args.task_info:
         fail(f"Fig. 3 shows task-specific graphs; {args.method} without task information has none")
+    hypernet, _, embeddings = finished_hypernet("tune", args, run, machine)
     nets = sizes(args, depths=range(3, 13))
     nets = {n: c for n, c in nets.items() if n.endswith("Small")}
     with torch.no_grad():
-        points = torch.stack([hypernet.learngene(encoded(c, machine.device)[1], I).mean(0) for I in embeddings.values() for c in nets.values()])
+        points = torch.stack([hypernet.learngene(encoded(c, machine.device)[1], I).mean(0)
+                              for I in embeddings.values() for c in nets.values()])
     points = points - points.mean(0)
     xy = points @ torch.linalg.svd(points, full_matrices=False).Vh[:2].T                       # (tasks * nets, 2)
     xy = xy.view(len(embeddings), len(nets), 2).cpu()
     within = (xy - xy.mean(1, keepdim=True)).pow(2).sum() / xy.pow(2).sum()
     run.print(f"Fig. 3: {100 * (1 - within):.1f} % of the variance in the plane lies between tasks")
+    if machine.rank:
+        return
     figure = {"tasks": list(embeddings), "networks": list(nets), "xy": xy.tolist(), "between": float(1 - within)}
     write_atomically(run.dir / "figure3.json", lambda p: p.write_text(json.dumps(figure)))
     try:
@@ -1055,7 +1081,8 @@ def main(argv=None):
     elif args.stage == "pretrain":
         evaluate(run, args, machine, *finished_hypernet("pretrain", args, run, machine), load_tasks([data.BASE], args, machine))
     elif args.stage in ("tune", "evaluate"):
-        evaluate(run, args, machine, *finished_hypernet("tune", args, run, machine), load_tasks(args.tasks or args.tune_tasks.split(","), args, machine))
+        parts = finished_hypernet("tune", args, run, machine)
+        evaluate(run, args, machine, *parts, load_tasks(args.tasks or args.tune_tasks.split(","), args, machine))
     elif args.stage == "train":
         train(run, args, machine)
     elif args.stage == "plot":
@@ -1064,3 +1091,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

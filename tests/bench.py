@@ -117,8 +117,7 @@ def alone(args, machine, config, x, y):
 
 def frozen_ancestry(args, machine):
     """(ancestry with random parameters, its forward pass)"""
-    heads = 12 if args.preset == "paper" else args.ancestry_width // 8
-    config = ViTConfig(args.image_size, args.patch, args.ancestry_width, args.ancestry_depth, heads, pool=args.pool)
+    config = ViTConfig(args.image_size, args.patch, args.ancestry_width, args.ancestry_depth, args.ancestry_heads, pool=args.pool)
     ancestry = tal.Ancestry(config, {}).to(machine.device).eval().requires_grad_(False)
 
     def forward(x):
@@ -233,12 +232,12 @@ def drawn(machine, repeats, count):
     for config in tal.architectures(args.archs, args.image_size, args.patch, args.pool, count):
         config = dataclasses.replace(config, num_classes=32)
         x, y = batch(args.batch_size, config, machine.device)
-        works = {"pretrain": tal_trainer(args, machine, hypernet, ancestry, config, x, y, None),
-                 "tune": tal_trainer(args, machine, hypernet, None, config, x, y, I),
+        works = {"with ancestry": tal_trainer(args, machine, hypernet, ancestry, config, x, y, I),
+                 "no ancestry": tal_trainer(args, machine, hypernet, None, config, x, y, I),
                  "alone": alone(args, machine, config, x, y)[1], "ancestry": lambda: forward(x)}
         for name, (seconds, _) in clock(works, repeats, machine.device).items():
             sums[name] = sums.get(name, 0) + seconds / (args.batch_size * count)
-    floor = {"tune": sums["alone"], "pretrain": sums["alone"] + sums["ancestry"]}
+    floor = {"no ancestry": sums["alone"], "with ancestry": sums["alone"] + sums["ancestry"]}
     for stage in floor:
         yield stage, 1 / sums[stage], 1 / sums["alone"], sums["alone"] / sums[stage], 1 / floor[stage], floor[stage] / sums[stage]
 
