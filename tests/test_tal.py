@@ -650,7 +650,7 @@ def test_the_matrix_M_is_predicted_like_any_other():
     weights = hypernet.predict(graph, features=20)
     assert weights.pop("M").shape == (20, 32)                                            # transposed: (d', d)
     without = hypernet.predict(graph)
-    assert all(torch.equal(weights[n], without[n]) for n in without) and weights.keys() == without.keys()
+    torch.testing.assert_close(weights, without)                                         # rounding: one more row in a product
 
 
 @pytest.mark.parametrize("decoder", ["low-rank", "tiled"])
@@ -707,7 +707,7 @@ def test_paper_preset_is_section_5_1():
 
 
 @pytest.mark.parametrize("argv, task_info, alpha", [
-    ([], True, 0.2), (["--method", "tal+"], True, 0.2), (["--no-task-info"], False, 0.2), (["--no-ancestry"], True, 0.0),
+    ([], True, 0.5), (["--method", "tal+"], True, 0.5), (["--no-task-info"], False, 0.5), (["--no-ancestry"], True, 0.0),
     (["--method", "logah"], False, 0.0), (["--method", "ghn3"], False, 0.0)])
 def test_what_methods_and_ablations_switch_off(argv, task_info, alpha):
     args = tal.settings(argv)
@@ -758,7 +758,7 @@ def steps_of(folder, stage):
     ("pretrain", ["ancestry.pt", "pretrain.pt", "untrained-pretrain-val.json"]),
     ("tune", ["ancestry.pt", "pretrain.pt", "tune.pt", "untrained-tune-val.json"]),
     ("evaluate", ["ancestry.pt", "pretrain.pt", "tune.pt", "untrained-evaluate-val.json"]),
-    ("train", ["ancestry.pt", "pretrain.pt", "tune.pt", "train-digits-3x48.pt"]),
+    ("train", ["ancestry.pt", "pretrain.pt", "tune.pt", "train-digits-3x48-3.pt"]),
     ("plot", ["ancestry.pt", "pretrain.pt", "tune.pt", "figure3.json"])])
 def test_every_stage_runs_from_nothing(stage, makes, drawn, tmp_path, capsys):
     tal.main([*TINY, "--stage", stage, "--data-dir", str(drawn), "--output", str(tmp_path), "--data", "digits" if stage == "train" else ""])
@@ -812,8 +812,8 @@ def test_ablations_and_options_run(flags, check, drawn, tuned, tmp_path):
 
 
 def test_logged_loss_is_eq_6(tuned):
-    """loss = alpha aux + (1 - alpha) cls + the norms: 0.2 while pretraining, cross-entropy alone while tuning."""
-    for stage, alpha in (("pretrain", 0.2), ("tune", 0.0)):
+    """loss = alpha aux + (1 - alpha) cls + the norms, alpha 0.5 in both stages of the drawn preset."""
+    for stage, alpha in (("pretrain", 0.5), ("tune", 0.5)):
         for r in log_of(tuned, stage):
             rest = r["loss"] - alpha * r["loss_aux"] - (1 - alpha) * r["loss_cls"]
             assert 0 < rest < 0.05, r                        # 3e-5 times the sum of the norms
@@ -1048,7 +1048,7 @@ def test_bad_input_is_one_sentence_and_overwrites_nothing(flags, words, drawn, t
 # sizes that cannot be, given to a fresh directory
 BAD_SIZES = [("--hid 30", "hid"), ("--hyper-heads 5", "hyper"), ("--mlp 3", "mlp"), ("--meta-batch 2000", "meta"), ("--meta-batch 0", "meta"),
              ("--max-classes 5", "--max-classes"), ("--ancestry-width 32", "ancestry"), ("--pretrain-epochs -1", "epochs"),
-             ("--image-size 0", "image size"), ("--rank 0", "rank")]
+             ("--image-size 0", "image-size"), ("--rank 0", "rank")]
 
 
 @pytest.mark.parametrize("flags, words", BAD_SIZES, ids=[f for f, _ in BAD_SIZES])
@@ -1082,7 +1082,6 @@ def test_batch_must_divide_among_processes(capsys, monkeypatch):
 # README
 # ----------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="README.md is not written yet")
 def test_readme_maps_every_equation_to_a_tagged_function():
     """Rows "| Eq. (4) | `loss_aux` | tal.py |": the function is in the file, and a line in it ends in "# Eq. (4)"."""
     rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\|\s*Eqs?\. \(", line)]
