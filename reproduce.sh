@@ -43,7 +43,8 @@ headline)
     done
     finish
     start "tal-s${seeds%% *}" --stage plot --seed "${seeds%% *}"
-    finish ;;
+    finish
+    if [[ ! ${SMOKE:-} && -f $out/tal-s${seeds%% *}/figure3.png ]]; then cp "$out/tal-s${seeds%% *}/figure3.png" results/; fi ;;
 direct)
     for seed in $seeds; do start "direct-s$seed" --stage train --method random --seed "$seed" --train-images tune "${budget[@]}"; done
     finish ;;
