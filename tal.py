@@ -376,8 +376,8 @@ class LowRankDecoder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(hid, mlp[0]), nn.ReLU(), nn.Linear(mlp[0], mlp[1]), nn.ReLU())
         self.code = nn.Linear(mlp[1], 2 * rank * rank)
         self.vector_code = nn.Linear(mlp[1], rank)
-        # D5: separate bases for rows and columns. With the single one of LoGAH, row and column spaces of neighbouring
-        # layers align, attention logits start at a standard deviation near 10, and small hypernetworks never learn.
+        # D5: separate bases for rows and columns. With a single one, row and column spaces of neighbouring layers align,
+        # and attention starts saturated.
         # D6: classes are not channels: the head's rows have a part of the basis of their own, behind the channels'.
         self.row_basis = nn.Parameter(torch.randn(channels * kernels + classes, rank))
         self.col_basis = nn.Parameter(torch.randn(channels * kernels, rank))
