@@ -988,7 +988,8 @@ def training_steps(task, args, machine):
 
 def train(run, args, machine):
     """Further training from predicted parameters, or from random ones (Tables 1, 3 and 5; Table 5's tasks are unseen)."""
-    config, name = asked_architecture(args), f"{args.depth}x{args.width or VIT_SIZES[args.size][0]}"
+    config = asked_architecture(args)
+    name = f"{config.depth}x{config.width}"
     if args.method != "random":
         hypernet, ancestry, embeddings = finished_hypernet(args.source, args, run, machine)
     for task in load_tasks(args.tasks or data.DECATHLON, args, machine).values():
