@@ -16,6 +16,9 @@
 | faces      | FER2013 (unseen)                  | 7       | 4,000 / 500 / 1,000    |
 | lesions    | HAM10000 (unseen; train skewed)   | 7       | 6,000 / 500 / 1,000    |
 | wide       | a broad base, streamed in subsets | 80      | 40,000 / 2,000 / 4,000 |
+| kinds      | CIFAR-10 (near: new shapes)       | 10      | 2,000 / 500 / 1,000    |
+| variety    | CIFAR-100 (near)                  | 32      | 4,000 / 500 / 1,000    |
+| tail       | iNaturalist (near; train skewed)  | 24      | 3,000 / 500 / 1,000    |
 
 base and the nine below it stand in for the Visual Decathlon (Rebuffi et al., 2017).
 
@@ -214,7 +217,20 @@ SHAPES = {
     "arrow": lambda u, v: np.minimum(box(u, v, -0.8, 0.1, -0.24, 0.24),
                                      np.maximum(abs(v) * 0.75 + u * 0.66 - 0.55, -0.05 - u)),
 }
-SHAPE_NAMES = list(SHAPES)
+NEW_SHAPES = {                      # for the near tasks: none of them is in base, objects or wide
+    "drop": lambda u, v: union(length(u, v - 0.25) - 0.55, np.maximum(abs(u) * 0.889 - (v + 0.95) * 0.458, v)),
+    "half disc": lambda u, v: np.maximum(length(u, v - 0.4) - 0.88, v - 0.4),
+    "kite": lambda u, v: np.maximum(abs(u) * 0.764 - (v + 0.25) * 0.646 - 0.42, abs(u) * 0.909 + (v + 0.25) * 0.417 - 0.5),
+    "tee": lambda u, v: union(box(u, v, -0.8, 0.8, -0.8, -0.3), box(u, v, -0.25, 0.25, -0.8, 0.85)),
+    "bucket": lambda u, v: tapered(u, v, 0.82, 0.42, -0.65, 0.65),
+    "arch": lambda u, v: np.maximum(union(length(u, v + 0.1) - 0.78, box(u, v, -0.78, 0.78, -0.1, 0.8)),
+                                    -union(length(u, v + 0.1) - 0.36, box(u, v, -0.36, 0.36, -0.1, 1.0))),
+    "stairs": lambda u, v: union(box(u, v, -0.8, 0.8, 0.27, 0.8), box(u, v, -0.8, 0.27, -0.27, 0.8),
+                                 box(u, v, -0.8, -0.27, -0.8, 0.8)),
+    "dumbbell": lambda u, v: union(length(abs(u) - 0.55, v) - 0.38, box(u, v, -0.55, 0.55, -0.17, 0.17)),
+}
+ALL_SHAPES = [*SHAPES.values(), *NEW_SHAPES.values()]
+SHAPE_NAMES = [*SHAPES, *NEW_SHAPES]
 
 # Strokes are written as points, column then row, each from 0 to 8 and joined by lines; "/" lifts the pen.
 
@@ -253,6 +269,12 @@ PALETTES = ("warm", "cool")
 BASE_CLASSES = [(s, t, p) for s in (0, 3, 4, 5) for t in range(4) for p in (0, 1)]
 WIDE_CLASSES = [(s, t, p) for s in range(10) for t in range(4) for p in (0, 1)]
 
+KINDS_CLASSES = [(s, 0, p) for s in range(10, 15) for p in (0, 1)]
+VARIETY_CLASSES = [(s, t, p) for s in range(10, 18) for t in (0, 2) for p in (0, 1)]
+TAIL_CLASSES = [(s, t, p) for s in range(12, 18) for t in (1, 3) for p in (0, 1)]
+# From 373 images down to 21, and not shape by shape: 7 has no factor in common with 24. Every stretch is a fair sample.
+TAIL_COUNTS = [round(373 * 18 ** (-(7 * k % 24) / 23)) for k in range(24)]
+TAIL_PATTERN = [k for _, k in sorted(((i + 0.5) / n, k) for k, n in enumerate(TAIL_COUNTS) for i in range(n))]
 
 def fill_pattern(u, v, fill, edge):
     """The mask of a fill's second colour; fill indexes FILLS."""
@@ -262,24 +284,29 @@ def fill_pattern(u, v, fill, edge):
     return cover(-value / 9, edge)
 
 
-def draw_things(c, labels, classes):
+def draw_things(c, labels, classes, bright, strong):
     shape, fill, palette = np.array(classes)[labels].T[:, :, None, None]
-    near, far = contrast(c, 0.4)
+    near, far = contrast(c, 0.4, bright)
     hue = either(palette == 0, c.uniform(-0.06, 0.16), c.uniform(0.44, 0.72))
     ground = c.uniform(0, 1)
     c.background(hsv(ground, c.uniform(0.1, 0.6), far), hsv(ground, 0.4, far * 0.85))
-    p = c.pose(0.08, 0.18, (0.8, 0.95))
-    inside = cover(by_kind(list(SHAPES.values()), shape[:, 0, 0], p.u, p.v), p.edge)
-    c.paint(inside, hsv(hue, c.uniform(0.45, 0.85), near))
-    second = hsv(hue + c.uniform(-0.05, 0.05), 0.5, either(near > far, near * 0.35, near + 0.5))
-    pattern = fill_pattern(p.u + c.uniform(0, 0.08), p.v + c.uniform(0, 0.08), fill, p.edge)
-    c.paint(inside * pattern, second)
+    paint_thing(c, c.pose(0.08, 0.18, (0.8, 0.95)), shape[:, 0, 0], fill, hue, strong, near, far)
     return c.finish()
 
 
-def things(classes):
+def paint_thing(c, p, shape, fill, hue, strong, near, far):
+    """Paint a filled shape of brightness near on a ground of brightness far; returns how much of each pixel it covers."""
+    inside = cover(by_kind(ALL_SHAPES, shape, p.u, p.v), p.edge)
+    c.paint(inside, hsv(hue, c.uniform(*strong), near))
+    second = hsv(hue + c.uniform(-0.05, 0.05), 0.5, either(near > far, near * 0.35, near + 0.5))
+    pattern = fill_pattern(p.u + c.uniform(0, 0.08), p.v + c.uniform(0, 0.08), fill, p.edge)
+    c.paint(inside * pattern, second)
+    return inside
+
+
+def things(classes, bright=0.7, strong=(0.45, 0.85)):
     names = [f"{PALETTES[p]} {FILLS[t]} {SHAPE_NAMES[s]}" for s, t, p in classes]
-    return (lambda c, labels: draw_things(c, labels, classes)), names
+    return (lambda c, labels: draw_things(c, labels, classes, bright, strong)), names
 
 
 WINGS = {"straight": (0.24, -0.12, 0.05, 0.0, 0.9), "swept": (0.34, -0.0, 0.75, 0.6, 0.85),
@@ -696,11 +723,16 @@ SPECS = {
     "faces": Drawing(draw_faces, list(EXPRESSIONS), (4000, 500, 1000)),
     "lesions": Drawing(draw_lesions, list(LESIONS), (6000, 500, 1000), LESION_PATTERN),
     "wide": Drawing(*things(WIDE_CLASSES), (40000, 2000, 4000)),
-}
+    # Pale: plain things in strong colours give themselves away to a linear model (97 %), whichever side is the brighter.
+    "kinds": Drawing(*things(KINDS_CLASSES, 0.5, (0.15, 0.4)), (2000, 500, 1000)),
+    "variety": Drawing(*things(VARIETY_CLASSES), (4000, 500, 1000)),
+    "tail": Drawing(*things(TAIL_CLASSES), (3000, 500, 1000), TAIL_PATTERN),
+}                                   # only ever add at the end: a task's place in the list is part of its random stream
 BASE, WIDE = "base", "wide"
 DRAWN = tuple(SPECS)
 DECATHLON, UNSEEN = DRAWN[1:10], DRAWN[10:13]
 
+NEAR = ("kinds", "variety", "tail")
 
 def drawn_labels(name, split):
     """Labels [N] of a split: all classes in turn, or the task's own pattern in its training images."""

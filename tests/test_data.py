@@ -17,6 +17,7 @@ DIGESTS = {
     "glyphs": "8dec8bd4dcbb2941", "digits": "ba868234d337d960", "motion": "c1539cab2a7d8b40",
     "flowers": "6669bb9cb9c6ddd2", "clothing": "5ea35b67d14701de", "faces": "2e2faa8e5b2fe840",
     "lesions": "7a4347b88e481bee", "wide": "f547188d31b94cde",
+    "kinds": "b6cff0f32ab98508", "variety": "080be4239342b239", "tail": "7a0d661564738467",
 }
 
 
@@ -56,9 +57,10 @@ def test_drawing(name):
 
 
 def test_constants():
-    assert data.DRAWN[0] == data.BASE and data.DRAWN[-1] == data.WIDE
+    assert data.DRAWN[0] == data.BASE and data.DRAWN[13] == data.WIDE and data.DRAWN[14:17] == data.NEAR
     assert len(data.DECATHLON) == 9 and data.UNSEEN == ("clothing", "faces", "lesions")
     assert {n: len(data.SPECS[n].class_names) for n in (data.BASE, "glyphs", data.WIDE)} == {"base": 32, "glyphs": 100, "wide": 80}
+    assert [len(data.SPECS[n].class_names) for n in data.NEAR] == [10, 32, 24]
     for spec in data.SPECS.values():
         assert len(set(spec.class_names)) == len(spec.class_names)
 
@@ -70,6 +72,8 @@ def test_labels_are_balanced(name):
         assert counts.sum() == data.SPECS[name].sizes[data.SPLITS.index(split)]
         if name == "lesions" and split == "train":
             assert counts.argmax() == 0 and counts.min() >= 200        # skewed on purpose, as HAM10000 is
+        elif name == "tail" and split == "train":
+            assert 17 < counts.max() / counts.min() < 21 and counts.min() >= 20
         else:
             assert counts.max() - counts.min() <= 1
 
