@@ -35,6 +35,7 @@ as 32 x 32, drawn finer. What a class looks like does not depend on the seed.
 import hashlib
 import itertools
 import os
+import re
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -268,13 +269,13 @@ FILLS = ("plain", "striped", "checked", "dotted")
 PALETTES = ("warm", "cool")
 BASE_CLASSES = [(s, t, p) for s in (0, 3, 4, 5) for t in range(4) for p in (0, 1)]
 WIDE_CLASSES = [(s, t, p) for s in range(10) for t in range(4) for p in (0, 1)]
-
 KINDS_CLASSES = [(s, 0, p) for s in range(10, 15) for p in (0, 1)]
 VARIETY_CLASSES = [(s, t, p) for s in range(10, 18) for t in (0, 2) for p in (0, 1)]
 TAIL_CLASSES = [(s, t, p) for s in range(12, 18) for t in (1, 3) for p in (0, 1)]
 # From 373 images down to 21, and not shape by shape: 7 has no factor in common with 24. Every stretch is a fair sample.
 TAIL_COUNTS = [round(373 * 18 ** (-(7 * k % 24) / 23)) for k in range(24)]
 TAIL_PATTERN = [k for _, k in sorted(((i + 0.5) / n, k) for k, n in enumerate(TAIL_COUNTS) for i in range(n))]
+
 
 def fill_pattern(u, v, fill, edge):
     """The mask of a fill's second colour; fill indexes FILLS."""
@@ -731,8 +732,8 @@ SPECS = {
 BASE, WIDE = "base", "wide"
 DRAWN = tuple(SPECS)
 DECATHLON, UNSEEN = DRAWN[1:10], DRAWN[10:13]
-
 NEAR = ("kinds", "variety", "tail")
+
 
 def drawn_labels(name, split):
     """Labels [N] of a split: all classes in turn, or the task's own pattern in its training images."""
@@ -954,7 +955,7 @@ def load_folder(root, image_size, workers):
     """The Task in a folder of images: class folders, either at the top or inside train/, val/ and test/."""
     if not os.path.isdir(root):
         fail(f"no task or folder {root!r}: give one of {', '.join(DRAWN)}, or a folder with one sub-folder of images per "
-             "class (or train/, val/ and test/ folders that hold these)")
+             "class (or train/, val/ and test/ folders that hold these), or a part of either as in signs:0-15 or wide/10#3")
     top = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
     classes, train = list_folder(top)
     files = {}
@@ -978,8 +979,56 @@ def load_folder(root, image_size, workers):
     return make_task(root, classes, images, labels)          # named by its path: a folder called signs is not the drawn task
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Parts of a task, and loading by name
+# ---------------------------------------------------------------------------------------------------------------
+PART = re.compile(r"(.+)(?::(\d+)-(\d+)|/(\d+)#(\d+))")     # NAME:A-B or NAME/K#I
+
+
+def subset(task, classes, name):
+    """A Task of these classes alone, labelled 0, 1, ... in the order given; its images keep their order.
+
+    mean and std stay those of the whole task: the stem of a model that sees several subsets sees one normalisation.
+    """
+    label = torch.full((task.num_classes,), -1, device=task.labels["train"].device)
+    label[list(classes)] = torch.arange(len(classes), device=label.device)
+    labels = {split: label[old] for split, old in task.labels.items()}
+    images = {split: task.images[split][new >= 0] for split, new in labels.items()}
+    labels = {split: new[new >= 0] for split, new in labels.items()}
+    return Task(name, [task.class_names[k] for k in classes], task.mean, task.std, images, labels)
+
+
+def class_subsets(num_classes, parts, seed=0):
+    """All classes dealt out at random to `parts` disjoint lists, whose lengths differ by at most one."""
+    if not 1 <= parts <= num_classes // 2:
+        fail(f"{num_classes} classes make 1 to {num_classes // 2} subsets of two classes or more, not {parts}")
+    return [sorted(part.tolist()) for part in np.array_split(np.random.default_rng(seed).permutation(num_classes), parts)]
+
+
+def part_of(task, name, first, last, parts, number):
+    """Classes first to last of a task, or number `number` of `parts` class subsets (`first` is then None)."""
+    if first is not None:
+        if not first < last < task.num_classes:
+            fail(f"{name}: A-B needs A below B, and {task.name} has the classes 0 to {task.num_classes - 1}")
+        return subset(task, range(first, last + 1), name)
+    subsets = class_subsets(task.num_classes, parts)
+    if not 1 <= number <= parts:
+        fail(f"{name}: the {parts} subsets are numbered from 1 to {parts}")
+    return subset(task, subsets[number - 1], name)
+
+
 def load_many(names, data_dir="data", image_size=32, seed=0, workers=2):
-    """{name: Task} of drawn tasks and image folders; see `load`. Missing drawings are made in one pool."""
+    """{name: Task} of drawn tasks, image folders and parts of them; see `load`. Missing drawings are made in one pool."""
+    parts = {name: None if name in SPECS or os.path.isdir(name) else PART.fullmatch(name) for name in names}
+    wholes = list(dict.fromkeys(part[1] if part else name for name, part in parts.items()))      # each is loaded once
+    tasks = load_wholes(wholes, data_dir, image_size, seed, workers)
+    number = lambda digits: digits and int(digits)
+    return {name: part_of(tasks[part[1]], name, *map(number, part.groups()[1:])) if part else tasks[name]
+            for name, part in parts.items()}
+
+
+def load_wholes(names, data_dir, image_size, seed, workers):
+    """{name: Task} of whole tasks: drawn ones and folders."""
     found = draw_missing([n for n in names if n in SPECS], data_dir, image_size, seed, workers)
     tasks = {}
     for name in names:
@@ -994,7 +1043,9 @@ def load_many(names, data_dir="data", image_size=32, seed=0, workers=2):
 def load(name, data_dir="data", image_size=32, seed=0, workers=2):
     """A drawn task by name, or the task in a folder of images (class folders, with or without train/ val/ test/).
 
-    Drawn tasks are kept in data_dir/drawn. Bad input ends the program with one sentence (exit code 2).
+    signs:0-15 is the first 16 classes of signs, wide/10#3 the third of the ten subsets into which the classes of wide
+    are dealt; a folder of that very name comes first. Drawn tasks are kept in data_dir/drawn. Bad input ends the
+    program with one sentence (exit code 2).
     """
     return load_many([name], data_dir, image_size, seed, workers)[name]
 

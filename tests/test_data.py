@@ -152,6 +152,67 @@ def test_shift_repeats_edges():
     assert torch.equal(moved[1], images[1][:, :, [0, 0, 0, 1]])
 
 
+# Parts of a task
+
+
+def test_class_subsets(capsys):
+    for classes, parts in ((80, 10), (32, 5), (7, 3), (10, 1)):
+        subsets = data.class_subsets(classes, parts)
+        assert len(subsets) == parts and sorted(sum(subsets, [])) == list(range(classes))
+        assert max(map(len, subsets)) - min(map(len, subsets)) <= 1
+        assert parts == 1 or subsets != data.class_subsets(classes, parts, 1)
+    assert data.class_subsets(80, 10)[2] == [4, 23, 27, 43, 44, 47, 75, 78]      # the third is the third for ever
+    for parts in (0, 6):
+        with pytest.raises(SystemExit):
+            data.class_subsets(10, parts)
+        assert "1 to 5 subsets" in capsys.readouterr().err
+
+
+def test_subset(task):
+    part = data.subset(task, [7, 2, 5], "three")
+    assert (part.name, part.class_names, part.mean, part.std) == ("three", ["7", "2", "5"], task.mean, task.std)
+    for split in data.SPLITS:
+        pairs = zip(task.images[split], task.labels[split].tolist())
+        kept = [(image, [7, 2, 5].index(y)) for image, y in pairs if y in (7, 2, 5)]
+        assert torch.equal(part.images[split], torch.stack([image for image, _ in kept]))
+        assert part.labels[split].tolist() == [y for _, y in kept]
+
+
+def test_notation(small, tmp_path, monkeypatch):
+    read = []
+    draw_missing = data.draw_missing
+    monkeypatch.setattr(data, "draw_missing", lambda names, *rest: read.extend(names) or draw_missing(names, *rest))
+    names = ["digits:2-4", *(f"digits/3#{k}" for k in (1, 2, 3)), "lesions:0-1"]
+    tasks = data.load_many(names, tmp_path)
+    assert list(tasks) == names == [task.name for task in tasks.values()] and read == ["digits", "lesions"]
+    assert tasks[names[0]].class_names == ["2", "3", "4"] and tasks["lesions:0-1"].num_classes == 2
+    assert sorted(sum((tasks[n].class_names for n in names[1:4]), [])) == [str(k) for k in range(10)]
+    assert [tasks[n].class_names for n in names[1:4]] == [[str(k) for k in s] for s in data.class_subsets(10, 3)]
+    assert sum(len(tasks[n].labels["train"]) for n in names[1:4]) == 270
+    assert torch.equal(tasks[names[0]].images["val"], data.load(names[0], tmp_path).images["val"])
+
+
+@pytest.mark.parametrize("name, words", [
+    ("digits:3-3", "0 to 9"), ("digits:4-2", "0 to 9"), ("digits:5-10", "0 to 9"), ("digits/3#0", "1 to 3"),
+    ("digits/3#4", "1 to 3"), ("digits/6#1", "1 to 5"), ("digits/0#1", "1 to 5"),
+    *((name, "signs:0-15") for name in ("digits:", "digits:1", "digits:-1-3", "digits/3", "digits/3#x", ":0-3",
+                                        "nothing:0-3", "digits/3#1:0-1"))])
+def test_notation_errors(small, tmp_path, capsys, name, words):
+    with pytest.raises(SystemExit) as stop:
+        data.load(name, tmp_path)
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in message and message.startswith("error: ") and "\n" not in message
+
+
+def test_parts_of_folders(folder, monkeypatch):
+    write_images(folder / "mice", 5)
+    assert data.load(f"{folder}:1-2", image_size=16).class_names == ["dogs", "mice"]
+    for name in ("a", "b"):
+        write_images(folder / "digits" / "3#1" / name, 2)
+    monkeypatch.chdir(folder)
+    assert data.load("digits/3#1", image_size=16).class_names == ["a", "b"]      # it exists, so it is a folder
+
+
 # Folders of images
 
 
