@@ -19,6 +19,7 @@
 | kinds      | CIFAR-10 (near: new shapes)       | 10      | 2,000 / 500 / 1,000    |
 | variety    | CIFAR-100 (near)                  | 32      | 4,000 / 500 / 1,000    |
 | tail       | iNaturalist (near; train skewed)  | 24      | 3,000 / 500 / 1,000    |
+| scenes     | ADE20K (a class for every pixel)  | 9       | 800 / 100 / 200        |
 
 base and the nine below it stand in for the Visual Decathlon (Rebuffi et al., 2017).
 
@@ -308,6 +309,29 @@ def paint_thing(c, p, shape, fill, hue, strong, near, far):
 def things(classes, bright=0.7, strong=(0.45, 0.85)):
     names = [f"{PALETTES[p]} {FILLS[t]} {SHAPE_NAMES[s]}" for s, t, p in classes]
     return (lambda c, labels: draw_things(c, labels, classes, bright, strong)), names
+
+
+SCENE_SHAPES = 8                    # the first of SHAPES; the class after them is the background
+IGNORED = 255                       # the class of pixels that no loss and no score should count
+
+
+def draw_scenes(c, labels):
+    """3 to 5 things painted over one another; their classes per pixel are channel 3. The labels given are not used.
+
+    A thing's edge is soft: where it covers a pixel neither nearly nor hardly at all, the class is IGNORED.
+    """
+    far, ground, count = c.uniform(0.35, 0.6), c.uniform(0, 1), 3 + c.pick(3)[:, None, None]
+    c.background(hsv(ground, c.uniform(0.1, 0.6), far), hsv(ground, 0.4, far * 0.85))
+    mask = np.full((c.n, c.size, c.size), SCENE_SHAPES, np.uint8)
+    for k in range(5):
+        shape, fill, palette = c.pick(SCENE_SHAPES), c.pick(4)[:, None, None], c.coin()
+        near = far + either(c.coin(), c.uniform(0.3, 0.4), c.uniform(-0.3, -0.25))
+        hue = either(palette, c.uniform(-0.06, 0.16), c.uniform(0.44, 0.72))
+        x, y = either(k < count, c.uniform(-0.75, 0.75), 9), c.uniform(-0.75, 0.75)      # 9: out of sight
+        p = c.frame(x, y, c.uniform(-0.18, 0.18), c.uniform(0.34, 0.42))
+        inside = paint_thing(c, p, shape, fill, hue, (0.45, 0.85), near, far)
+        mask = np.where(inside >= 0.9, shape[:, None, None], np.where(inside > 0.1, IGNORED, mask)).astype(np.uint8)
+    return np.concatenate([c.finish(), mask[:, None]], 1)
 
 
 WINGS = {"straight": (0.24, -0.12, 0.05, 0.0, 0.9), "swept": (0.34, -0.0, 0.75, 0.6, 0.85),
@@ -707,7 +731,7 @@ def draw_lesions(c, labels):
 # ---------------------------------------------------------------------------------------------------------------
 # The list of drawn tasks, and drawing them once
 # ---------------------------------------------------------------------------------------------------------------
-Drawing = namedtuple("Drawing", "draw class_names sizes train_labels", defaults=(None,))
+Drawing = namedtuple("Drawing", "draw class_names sizes train_labels masks", defaults=(None, False))
 
 SPECS = {
     "base": Drawing(*things(BASE_CLASSES), (24000, 1000, 2000)),
@@ -728,25 +752,37 @@ SPECS = {
     "kinds": Drawing(*things(KINDS_CLASSES, 0.5, (0.15, 0.4)), (2000, 500, 1000)),
     "variety": Drawing(*things(VARIETY_CLASSES), (4000, 500, 1000)),
     "tail": Drawing(*things(TAIL_CLASSES), (3000, 500, 1000), TAIL_PATTERN),
+    "scenes": Drawing(draw_scenes, [*SHAPE_NAMES[:SCENE_SHAPES], "background"], (800, 100, 200), masks=True),
 }                                   # only ever add at the end: a task's place in the list is part of its random stream
 BASE, WIDE = "base", "wide"
 DRAWN = tuple(SPECS)
 DECATHLON, UNSEEN = DRAWN[1:10], DRAWN[10:13]
-NEAR = ("kinds", "variety", "tail")
+NEAR, SCENES = DRAWN[14:17], "scenes"
 
 
 def drawn_labels(name, split):
-    """Labels [N] of a split: all classes in turn, or the task's own pattern in its training images."""
+    """Labels [N] of a split: all classes in turn, or the task's own pattern in its training images.
+
+    Of a task with masks only their number counts.
+    """
     spec = SPECS[name]
     pattern = spec.train_labels if spec.train_labels and split == "train" else range(len(spec.class_names))
     return np.resize(np.array(pattern, np.int64), spec.sizes[SPLITS.index(split)])
 
 
 def draw_chunk(name, split, chunk, image_size, seed):
-    """Images CHUNK * chunk and following of a split, uint8 [n, 3, S, S]; depends on nothing but the arguments."""
+    """Images CHUNK * chunk and following of a split, uint8 [n, 3, S, S], masks as a fourth channel.
+
+    They depend on nothing but the arguments.
+    """
     labels = drawn_labels(name, split)[chunk * CHUNK:(chunk + 1) * CHUNK]
     rng = np.random.default_rng([seed, DRAWN.index(name), SPLITS.index(split), chunk])
     return SPECS[name].draw(Canvas(len(labels), image_size, rng), labels)
+
+
+def cache_files(name, *where):
+    """Images and, where a task has them, masks: each a file of its own."""
+    return [cache_path(part, *where) for part in (name, f"{name}-masks")[:1 + SPECS[name].masks]]
 
 
 def cache_path(name, split, data_dir, image_size, seed):
@@ -754,12 +790,13 @@ def cache_path(name, split, data_dir, image_size, seed):
 
 
 def read_cache(name, split, data_dir, image_size, seed):
-    """Images from the cache, or None where there are none or the file is damaged."""
+    """What draw_chunk drew, from the cache, or None where there is nothing or a file is damaged."""
     try:
-        images = np.load(cache_path(name, split, data_dir, image_size, seed))
+        files = [np.load(path) for path in cache_files(name, split, data_dir, image_size, seed)]
+        images = np.concatenate(files, 1) if len(files) > 1 else files[0]
     except (OSError, ValueError, EOFError):
         return None
-    expected = (SPECS[name].sizes[SPLITS.index(split)], 3, image_size, image_size)
+    expected = (SPECS[name].sizes[SPLITS.index(split)], 2 + len(files), image_size, image_size)
     return images if images.shape == expected and images.dtype == np.uint8 else None
 
 
@@ -775,11 +812,11 @@ def draw_missing(names, data_dir, image_size, seed, workers):
             parts[name, split].append(images)
     for key in missing:
         found[key] = np.concatenate(parts.pop(key))
-
-        def write(path, images=found[key]):
-            with open(path, "wb") as file:
-                np.save(file, images)
-        write_atomically(cache_path(*key, data_dir, image_size, seed), write)
+        for path, part in zip(cache_files(*key, data_dir, image_size, seed), np.split(found[key], [3], 1)):
+            def write(path, part=part):
+                with open(path, "wb") as file:
+                    np.save(file, part)
+            write_atomically(path, write)
     return found
 
 
@@ -796,6 +833,7 @@ def generator(*numbers):
 class Task:
     """A classification task held in memory as bytes: images {split: uint8 [N, 3, S, S]}, labels {split: int64 [N]}.
 
+    A segmentation task has masks for labels, {split: uint8 [N, S, S]}, a class or IGNORED for every pixel.
     mean and std are those of the training images per channel, in units where white is 1.
     """
     name: str
@@ -815,6 +853,10 @@ class Task:
     def num_classes(self):
         return len(self.class_names)
 
+    @property
+    def segmentation(self):
+        return self.labels["train"].ndim == 3
+
     def to(self, device):
         """The same task with its tensors on a device."""
         move = lambda tensors: {split: t.to(device) for split, t in tensors.items()}
@@ -832,19 +874,31 @@ class Task:
         """float32 (x / 255 - mean) / std of uint8 images."""
         return images.float().mul_(self.scale).add_(self.shift)
 
-    def batch(self, split, step, batch_size, seed=0, augment=False, rank=0, world=1):
-        """Batch number `step` of an endless stream: x float32 [b, 3, S, S] normalised, y int64 [b].
+    def batch(self, split, step, batch_size, seed=0, augment=False, rank=0, world=1, crop=None):
+        """Batch number `step` of an endless stream: x float32 [b, 3, S, S] normalised, y int64 [b], of masks [b, S, S].
 
         A pure function of its arguments: the stream is one permutation of the split after another, so there is no
         loader to save, and any step can be looked at again. Rank r of `world` gets rows r, r + world, ... of the
         batch. augment shifts each image by up to 1/16 of its size, edges repeated; the shifts are drawn for the
-        whole batch, so what an image looks like does not depend on `world`.
+        whole batch, so what an image looks like does not depend on `world`. Images with masks are cut to crop x crop
+        pixels at a random place (whole by default), and augment flips half of them left to right.
         """
         n, first, last = len(self.labels[split]), step * batch_size, (step + 1) * batch_size
         rows = torch.cat([self.order(split, epoch, seed)[max(first - epoch * n, 0):last - epoch * n]
                           for epoch in range(first // n, (last - 1) // n + 1)])[rank::world]
         images, device = self.images[split], self.images[split].device
         rows = to_device(rows, device)
+        if crop and not (self.segmentation and crop <= images.shape[-1]):
+            fail(f"{self.name}: crop={crop} needs a task with masks and images of at least as many pixels")
+        if self.segmentation:
+            size, random = images.shape[-1], generator(seed, step, 1)
+            crop = crop or size
+            places, flips = torch.randint(size - crop + 1, (batch_size, 2), generator=random), torch.zeros(batch_size, 1)
+            if augment:
+                flips = torch.randint(2, (batch_size, 1), generator=random)
+            drawn = to_device(torch.cat([places, flips], 1).long()[rank::world], device)
+            images, masks = cropped(images[rows], self.labels[split][rows], drawn, crop)
+            return self.normalise(images), masks.long()
         if augment:
             margin = images.shape[-1] // 16
             shifts = torch.randint(-margin, margin + 1, (batch_size, 2), generator=generator(seed, step, 1))
@@ -855,7 +909,7 @@ class Task:
 
     def examples(self, split, limit=None):
         """The first `limit` images of a split in their fixed order (all by default): x normalised, y."""
-        return self.normalise(self.images[split][:limit]), self.labels[split][:limit]
+        return self.normalise(self.images[split][:limit]), self.labels[split][:limit].long()
 
 
 def to_device(tensor, device):
@@ -865,11 +919,24 @@ def to_device(tensor, device):
 
 def shifted(images, shifts):
     """images [b, 3, S, S] moved by shifts [b, 2] (rows, columns) of pixels, edges repeated, in one gather."""
-    b, channels, size, _ = images.shape
+    size = images.shape[-1]
     at = torch.arange(size, device=images.device)
-    y, x = ((at + shifts[:, i:i + 1]).clamp_(0, size - 1) for i in (0, 1))          # [b, S] each
+    return gathered(images, *((at + shifts[:, i:i + 1]).clamp_(0, size - 1) for i in (0, 1)))
+
+
+def cropped(images, masks, places, crop):
+    """Images [b, 3, C, C] and masks [b, C, C], cut out at places [b, 3] (top, left, flipped left to right or not)."""
+    at = torch.arange(crop, device=images.device)
+    x = places[:, 1:2] + torch.where(places[:, 2:] > 0, crop - 1 - at, at)
+    both = gathered(torch.cat([images, masks[:, None]], 1), places[:, :1] + at, x)
+    return both[:, :3], both[:, 3]
+
+
+def gathered(images, y, x):
+    """Rows y [b, h] and columns x [b, w] of images [b, c, S, S]: [b, c, h, w], in one gather."""
+    b, channels, size, _ = images.shape
     index = (y[:, :, None] * size + x[:, None, :]).view(b, 1, -1).expand(b, channels, -1)
-    return images.view(b, channels, -1).gather(2, index).view_as(images)
+    return images.view(b, channels, -1).gather(2, index).view(b, channels, y.shape[1], x.shape[1])
 
 
 def make_task(name, class_names, images, labels):
@@ -990,6 +1057,8 @@ def subset(task, classes, name):
 
     mean and std stay those of the whole task: the stem of a model that sees several subsets sees one normalisation.
     """
+    if task.segmentation:
+        fail(f"{name}: {task.name} has a class for every pixel, so it has no subset of images by class")
     label = torch.full((task.num_classes,), -1, device=task.labels["train"].device)
     label[list(classes)] = torch.arange(len(classes), device=label.device)
     labels = {split: label[old] for split, old in task.labels.items()}
@@ -1033,8 +1102,9 @@ def load_wholes(names, data_dir, image_size, seed, workers):
     tasks = {}
     for name in names:
         if name in SPECS:
-            labels = {split: drawn_labels(name, split) for split in SPLITS}
-            tasks[name] = make_task(name, SPECS[name].class_names, {s: found[name, s] for s in SPLITS}, labels)
+            drawn = {split: found[name, split] for split in SPLITS}
+            labels = {s: d[:, 3].copy() if SPECS[name].masks else drawn_labels(name, s) for s, d in drawn.items()}
+            tasks[name] = make_task(name, SPECS[name].class_names, {s: d[:, :3] for s, d in drawn.items()}, labels)
         else:
             tasks[name] = load_folder(name, image_size, workers)
     return tasks
@@ -1054,11 +1124,14 @@ def load(name, data_dir="data", image_size=32, seed=0, workers=2):
 # Command line: contact sheet and table of difficulty
 # ---------------------------------------------------------------------------------------------------------------
 def contact_sheet(tasks, path, columns=20, zoom=2):
-    """One row per task, one image of each of `columns` classes, taken from val."""
+    """One row per task, one image of each of `columns` classes, taken from val; the first scenes, without masks."""
     from torchvision.utils import make_grid, save_image
     rows = []
     for task in tasks.values():
         labels = task.labels["val"]
+        if task.segmentation:
+            rows += itertools.islice(itertools.cycle(task.images["val"]), columns)
+            continue
         classes = min(columns, task.num_classes)
         stride = task.num_classes // classes                # k % stride: not the same fill and palette all along
         order = [k % classes * task.num_classes // classes + k % stride for k in range(columns)]
@@ -1085,6 +1158,8 @@ def fit(net, task, steps, batch_size, lr, weight_decay, augment):
 
 def difficulty(task):
     """Test accuracy (%) of a linear model on normalised pixels, and of a ViT of width 48, depth 3, patches of 1/4."""
+    if task.segmentation:
+        fail(f"--difficulty compares classifiers of images, but {task.name} has a class for every pixel: leave it out")
     torch.manual_seed(0)
     size = task.images["train"].shape[-1]
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, task.num_classes))
@@ -1102,11 +1177,12 @@ def main(argv=None):
     parser.add_argument("--seed", type=whole, default=0, help="seed of the drawn images")
     parser.add_argument("--workers", type=positive, default=2, help="threads that draw, processes that read folders")
     parser.add_argument("--difficulty", action="store_true", help="print how hard each task is instead (minutes)")
-    parser.add_argument("--tasks", default=",".join(DRAWN), help="comma-separated drawn tasks or folders")
+    parser.add_argument("--tasks", help="comma-separated drawn tasks or folders; all drawn ones (--difficulty: but scenes)")
     args = parser.parse_args(argv)
     if not args.output.endswith((".png", ".jpg")):
         fail(f"--output {args.output} must end in .png or .jpg")
-    tasks = load_many(args.tasks.split(","), args.data_dir, args.image_size, args.seed, args.workers)
+    names = args.tasks.split(",") if args.tasks else [n for n in DRAWN if not (args.difficulty and SPECS[n].masks)]
+    tasks = load_many(names, args.data_dir, args.image_size, args.seed, args.workers)
     if not args.difficulty:
         contact_sheet(tasks, args.output)
         print(f"{args.output}: one row per task: {', '.join(tasks)}")

@@ -18,6 +18,7 @@ DIGESTS = {
     "flowers": "6669bb9cb9c6ddd2", "clothing": "5ea35b67d14701de", "faces": "2e2faa8e5b2fe840",
     "lesions": "7a4347b88e481bee", "wide": "f547188d31b94cde",
     "kinds": "b6cff0f32ab98508", "variety": "080be4239342b239", "tail": "7a0d661564738467",
+    "scenes": "a2626038f28a01d0",
 }
 
 
@@ -48,12 +49,13 @@ def test_drawing(name):
     """Streams differ between splits, chunks and seeds; a larger drawing shows the same scene."""
     first = data.draw_chunk(name, "train", 0, 32, 0)
     for other in (("val", 0, 0), ("train", 1, 0), ("train", 0, 1)):
-        assert (data.draw_chunk(name, other[0], other[1], 32, other[2]) != first).any(axis=(1, 2, 3)).all()
-    large = data.draw_chunk(name, "train", 0, 64, 0).astype(float)
+        drawn = data.draw_chunk(name, other[0], other[1], 32, other[2])
+        assert (drawn != first[:len(drawn)]).any(axis=(1, 2, 3)).all()
+    large, first = data.draw_chunk(name, "train", 0, 64, 0)[:, :3].astype(float), first[:, :3]
     assert large.shape == (len(first), 3, 64, 64)
     halved = large.reshape(len(first), 3, 32, 2, 32, 2).mean(axis=(3, 5))
     assert abs(halved - first).mean() < 12
-    assert data.draw_chunk(name, "test", 0, 37, 0).shape[1:] == (3, 37, 37)
+    assert data.draw_chunk(name, "test", 0, 37, 0).shape[1:] == (3 + data.SPECS[name].masks, 37, 37)
 
 
 def test_constants():
@@ -211,6 +213,97 @@ def test_parts_of_folders(folder, monkeypatch):
         write_images(folder / "digits" / "3#1" / name, 2)
     monkeypatch.chdir(folder)
     assert data.load("digits/3#1", image_size=16).class_names == ["a", "b"]      # it exists, so it is a folder
+
+
+# Scenes and their masks
+
+
+@pytest.fixture
+def scenes(monkeypatch, tmp_path):
+    monkeypatch.setitem(data.SPECS, "scenes", data.SPECS["scenes"]._replace(sizes=(130, 20, 20)))
+    return data.load("scenes", tmp_path, image_size=24)
+
+
+def test_masks_are_what_is_painted(monkeypatch):
+    """With flat paints, one for each class, neither light nor grain, the image itself says what the mask must be."""
+    paints = np.array([[0.25 * (k % 3 + 1), 0.3 * (k // 3), 0.5] for k in range(9)], np.float32)[:, :, None, None]
+
+    def paint_thing(c, p, shape, *rest):
+        inside = data.cover(data.by_kind(data.ALL_SHAPES, shape, p.u, p.v), p.edge)
+        c.paint((inside > 0.5).astype(np.float32), paints[shape])
+        return inside
+    monkeypatch.setattr(data, "paint_thing", paint_thing)
+    monkeypatch.setattr(data.Canvas, "background", lambda c, *rest: c.pixels.__iadd__(paints[8]))
+    monkeypatch.setattr(data.Canvas, "finish", lambda c: np.rint(c.pixels * 100).astype(np.uint8))
+    drawn = data.draw_chunk("scenes", "train", 0, 96, 0)
+    images, masks = drawn[:, :3], drawn[:, 3]
+    seen = (images[:, None] == np.rint(paints * 100)[None, ..., 0, 0][..., None, None]).all(2).argmax(1)
+    sure = masks != data.IGNORED
+    assert np.array_equal(seen[sure], masks[sure]) and 0.005 < (~sure).mean() < 0.06
+    assert all(len(np.unique(m)) >= 3 for m in masks) and set(np.unique(masks)) == {*range(9), data.IGNORED}
+    step = masks[:, :, 1:] != masks[:, :, :-1]              # hardly a class touches another without a rim between them
+    bare = step & sure[:, :, 1:] & sure[:, :, :-1]
+    assert bare.sum() < 0.2 * step.sum()
+
+
+def test_scenes_in_memory(scenes, tmp_path):
+    assert scenes.num_classes == 9 and scenes.class_names[-1] == "background"
+    assert scenes.images["train"].shape == (130, 3, 24, 24) and scenes.images["train"].is_contiguous()
+    for split in data.SPLITS:
+        assert scenes.labels[split].dtype == torch.uint8 and scenes.labels[split].shape == scenes.images[split][:, 0].shape
+    x, y = scenes.batch("train", 2, 50)
+    rows = torch.cat([scenes.order("train", 0, 0)[100:], scenes.order("train", 1, 0)[:20]])
+    assert y.dtype == torch.int64 and torch.equal(y, scenes.labels["train"][rows].long())
+    assert torch.equal(x, scenes.normalise(scenes.images["train"][rows]))
+    assert scenes.examples("val", 3)[1].dtype == torch.int64
+    images, masks = data.cache_files("scenes", "train", tmp_path, 24, 0)
+    with open(masks, "wb") as file:
+        file.write(b"nonsense")
+    for _ in range(2):                                      # drawn again, then read
+        again = data.load("scenes", tmp_path, image_size=24)
+        assert all(torch.equal(again.images[s], scenes.images[s]) for s in data.SPLITS)
+        assert all(torch.equal(again.labels[s], scenes.labels[s]) for s in data.SPLITS)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_image_and_mask_are_cut_alike(scenes, augment):
+    """Where each crop came from is looked up by brute force in its image; the mask must be from there."""
+    x, y = scenes.batch("train", 1, 24, augment=augment, crop=9)
+    places = []
+    for a, b, row in zip(x, y, scenes.order("train", 0, 0)[24:]):
+        image, mask = scenes.normalise(scenes.images["train"][row]), scenes.labels["train"][row]
+        for top, left, flip in ((i, j, f) for i in range(16) for j in range(16) for f in (False, True)):
+            cut = lambda t: (t.flip(-1) if flip else t)
+            if torch.equal(cut(image[:, top:top + 9, left:left + 9]), a):
+                assert torch.equal(cut(mask[top:top + 9, left:left + 9]).long(), b)
+                places.append((top, left, flip))
+    assert len(places) == 24 and len({p[:2] for p in places}) > 12
+    assert {flip for _, _, flip in places} == ({False, True} if augment else {False})
+
+
+@pytest.mark.parametrize("crop", [None, 11])
+def test_crops_are_a_pure_function(scenes, crop):
+    x, y = scenes.batch("train", 7, 16, seed=2, augment=True, crop=crop)
+    assert x.shape == (16, 3, crop or 24, crop or 24) and y.shape == (16, crop or 24, crop or 24)
+    scenes.batch("train", 8, 16, seed=2, augment=True, crop=crop)
+    for rank in (0, 1):
+        part = scenes.batch("train", 7, 16, seed=2, augment=True, rank=rank, world=2, crop=crop)
+        assert torch.equal(part[0], x[rank::2]) and torch.equal(part[1], y[rank::2])
+
+
+def test_scenes_are_not_classified(scenes, task, tmp_path, capsys, monkeypatch):
+    calls = (lambda: scenes.batch("train", 0, 4, crop=25), lambda: task.batch("train", 0, 4, crop=9),
+             lambda: data.difficulty(scenes), lambda: data.load("scenes:0-3", tmp_path, image_size=24))
+    for call in calls:
+        with pytest.raises(SystemExit):
+            call()
+        assert capsys.readouterr().err.startswith("error: ")
+    data.contact_sheet({"scenes": data.load("scenes", tmp_path), "digits": task}, str(tmp_path / "sheet.png"), columns=25)
+    assert Image.open(tmp_path / "sheet.png").size == (25 * 66 + 2, 2 * 66 + 2)
+    names = []
+    monkeypatch.setattr(data, "load_many", lambda wanted, *rest: names.append(tuple(wanted)) or {})
+    data.main(["--difficulty"])
+    assert names == [tuple(n for n in data.DRAWN if n != data.SCENES)]
 
 
 # Folders of images
