@@ -128,6 +128,7 @@ class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021) under timm's parameter names.
 
     forward(x): images (B, 3, H, W) -> logits (B, num_classes).
+    tokens(x): after the blocks -> (B, tokens, width).
     encode(x): the same up to the head -> features (B, width): the class token, or the mean of the patches, after the
     last LayerNorm, which timm calls `norm` in the first case and `fc_norm` in the second.
     """
@@ -154,11 +155,14 @@ class ViT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def encode(self, x):
+    def tokens(self, x):
         x = self.patch_embed(x)
         if self.config.pool == "token":
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)         # (B, 1 + T, D)
-        x = self.norm(self.blocks(x + self.pos_embed))
+        return self.blocks(x + self.pos_embed)
+
+    def encode(self, x):
+        x = self.norm(self.tokens(x))
         return self.fc_norm(x[:, 0] if self.config.pool == "token" else x.mean(1))   # (B, D)
 
     def forward(self, x):
@@ -186,8 +190,9 @@ def accuracy(forward, task, split, device, limit=None, batch_size=500):
 
 
 def parameter_groups(net, lr, weight_decay):
-    """Two AdamW groups: matrices decay; biases, norms, position embedding and class token do not (DeiT's rule)."""
-    decayed = {n for n, p in net.named_parameters() if p.ndim > 1 and n not in ("pos_embed", "cls_token")}
+    """Two AdamW groups: matrices decay; biases, norms, embeddings of positions and classes do not (DeiT's, Swin's rule)."""
+    free = ("pos_embed", "cls_token", "cls_emb", "relative_position_bias_table")
+    decayed = {n for n, p in net.named_parameters() if p.ndim > 1 and n.split(".")[-1] not in free}
     split = [[p for n, p in net.named_parameters() if p.requires_grad and (n in decayed) == d] for d in (True, False)]
     return [dict(params=split[0], lr=lr, weight_decay=weight_decay), dict(params=split[1], lr=lr, weight_decay=0.0)]
 
@@ -413,6 +418,12 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             with open(self.dir / "log.jsonl", "a") as f:
                 f.write(json.dumps({"stage": stage, **values}) + "\n")
+
+    def values(self, stage, key):
+        """What was logged of a stage under `key`, in order."""
+        path = self.dir / "log.jsonl"
+        records = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        return [r[key] for r in records if r["stage"] == stage and key in r]
 
     def print(self, *words):
         if self.machine.rank == 0:

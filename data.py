@@ -1143,7 +1143,7 @@ def contact_sheet(tasks, path, columns=20, zoom=2):
 
 
 def fit(net, task, steps, batch_size, lr, weight_decay, augment):
-    """Train on a task from scratch (AdamW, warm-up, cosine); returns the accuracy on its test images in percent."""
+    """A short training without log or checkpoint (AdamW, warm-up, cosine), on a task's training images."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -1153,7 +1153,7 @@ def fit(net, task, steps, batch_size, lr, weight_decay, augment):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return accuracy(net.eval(), task, "test", "cpu")
+    return net.eval()
 
 
 def difficulty(task):
@@ -1165,8 +1165,9 @@ def difficulty(task):
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, task.num_classes))
     config = ViTConfig(size, size // 4, width=48, depth=3, heads=6, num_classes=task.num_classes, pool="avg")
     steps = max(1250, len(task.labels["train"]) // 16)           # at least 80,000 images and at least four epochs
-    return (fit(linear, task, steps=1500, batch_size=256, lr=1e-3, weight_decay=0.1, augment=False),
-            fit(ViT(config), task, steps, batch_size=64, lr=2e-3, weight_decay=0.05, augment=True))
+    fit(linear, task, steps=1500, batch_size=256, lr=1e-3, weight_decay=0.1, augment=False)
+    vit = fit(ViT(config), task, steps, batch_size=64, lr=2e-3, weight_decay=0.05, augment=True)
+    return accuracy(linear, task, "test", "cpu"), accuracy(vit, task, "test", "cpu")
 
 
 def main(argv=None):
