@@ -4,7 +4,7 @@
   Flags      one table row per flag: name, type, a value per preset, help with the value's source.
   Machine    device, mixed precision, torchrun.
   Run        an output directory: config.json, log.jsonl, checkpoints.
-  Weights    pretrained ViTs of timm, DeiT, torchvision and Hugging Face in.
+  Weights    pretrained ViTs of timm, DeiT, torchvision and Hugging Face in, ours out to timm and torchvision.
   Training   one optimiser over many steps: schedule, gradients, log, checkpoint, resume.
 
 Nothing here has an equation number of either paper, and nothing here knows a dataset. There is no trainer class that
@@ -671,6 +671,32 @@ def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=Non
         f"({len(net.head.weight)} classes); not used: {', '.join(report['unexpected']) or 'none'}")
     say(f"  normalisation: mean {mean}, std {std} ({why})")
     return net, report
+
+
+def export_weights(state, config, path, format="timm", card=None):
+    """A ViT's state for timm or torchvision, as .pt, .pth or .safetensors, and its card, a JSON file of the same name: the
+    architecture, the call whose module loads it strictly, and the caller's `card` (task, method, "mean", "std" ...)."""
+    path, c = Path(path), config
+    if format not in DIALECTS[:2] or path.suffix not in (".pt", ".pth", ".safetensors"):
+        fail(f"weights go to timm or torchvision as .pt, .pth or .safetensors, not to {format} as {path.name}")
+    if format == "torchvision" and c.pool == "avg":
+        fail("torchvision's ViT takes no mean over patches; use --format timm, whose VisionTransformer does it with "
+             'global_pool="avg", class_token=False')
+    with torch.device("meta"):
+        check_fits(state, ViT(c), "the network to export")
+    if not all(t.isfinite().all() for t in state.values()):
+        fail(f"the weights are not finite; nothing was written to {path}")
+    build = (f"timm.models.vision_transformer.VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, "
+             f"embed_dim={c.width}, depth={c.depth}, num_heads={c.heads}, mlp_ratio={c.mlp_ratio}, num_classes={c.num_classes}, "
+             f"global_pool={c.pool!r}, class_token={c.pool == 'token'})" if format == "timm" else
+             f"torchvision.models.VisionTransformer(image_size={c.image_size}, patch_size={c.patch_size}, num_layers={c.depth}, "
+             f"num_heads={c.heads}, hidden_dim={c.width}, mlp_dim={c.mlp_ratio * c.width}, num_classes={c.num_classes})")
+    card = {"architecture": dataclasses.asdict(c), "format": format, "build": build, **(card or {})}
+    text = json.dumps(card, indent=1, default=str)
+    state = renamed({n: t.detach().float().cpu().contiguous() for n, t in state.items()}, 0, DIALECTS.index(format))
+    save = write_safetensors if path.suffix == ".safetensors" else lambda p, s: write_atomically(p, lambda q: torch.save(s, q))
+    save(path, state)
+    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(text + "\n"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

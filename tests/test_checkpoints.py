@@ -1,7 +1,8 @@
-"""Weights in: logits against torchvision, timm and Hugging Face, names and bytes written out by hand, bad files."""
+"""Weights in and out: logits against torchvision, timm and Hugging Face, names and bytes written out by hand, bad files."""
 import argparse
 import json
 import math
+import os
 import struct
 
 import pytest
@@ -11,7 +12,7 @@ import torchvision
 from torch import nn
 
 import common
-from common import (HALF, IMAGENET, ViT, ViTConfig, load_pretrained, read_safetensors, read_weights, resized_pos_embed,
+from common import (HALF, IMAGENET, ViT, ViTConfig, export_weights, load_pretrained, read_safetensors, read_weights, resized_pos_embed,
                     save_checkpoint, vit_state, write_safetensors)
 from test_common import Foreign, refuses, snapshot
 
@@ -309,6 +310,65 @@ def test_another_image_size(size, tmp_path):
     assert net(torch.randn(1, 3, size, size)).shape == (1, 7)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Out, and in again
+# ----------------------------------------------------------------------------------------------------------------------
+
+CARD = {"task": "birds", "method": "tal", "hypernet": "0123abcd", "class_names": ["a", "b"],
+        "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("format, pool", [("timm", "token"), ("timm", "avg"), ("torchvision", "token")])
+def test_round_trip(format, pool, suffix, tmp_path):
+    config = ViTConfig(32, 8, 32, 2, 4, 7, pool=pool)
+    ours = random_weights(ViT(config))
+    path = tmp_path / "out" / f"a{suffix}"
+    export_weights(ours.state_dict(), config, path, format, CARD)
+    assert sorted(os.listdir(path.parent)) == ["a.json", f"a{suffix}"]
+    card = json.loads((path.parent / "a.json").read_text())
+    assert ViTConfig(**card["architecture"]) == config and card["format"] == format
+    assert {key: card[key] for key in CARD} == {**CARD, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    if format == "timm":
+        same_state(read_weights(path)[0], ours.state_dict())
+    net, report = load_pretrained(path, **quiet)             # the 4 heads are known from the card
+    assert net.config == config and (report["source"], report["head"], report["unexpected"]) == (format, "kept", [])
+    assert (report["mean"], report["std"]) == (CARD["mean"], CARD["std"])
+    same_state(net.state_dict(), ours.state_dict())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_torchvision_loads_ours_strictly(suffix, tmp_path):
+    ours = random_weights(ViT(SMALL))
+    export_weights(ours.state_dict(), SMALL, tmp_path / f"a{suffix}", "torchvision")
+    theirs = eval(json.loads((tmp_path / "a.json").read_text())["build"]).eval()
+    state = read_safetensors(tmp_path / "a.safetensors") if suffix == ".safetensors" else torch.load(tmp_path / "a.pt", weights_only=True)
+    theirs.load_state_dict(state, strict=True)
+    same_logits(theirs, ours)
+
+
+def test_half_precision_goes_out_as_float32(tmp_path):
+    ours = random_weights(ViT(SMALL)).bfloat16()
+    export_weights(ours.state_dict(), SMALL, tmp_path / "a.safetensors")
+    same_state(read_safetensors(tmp_path / "a.safetensors"), ours.float().state_dict())
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_timm_loads_ours_strictly(pool, suffix, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed; names and logits are those of torchvision's oracle above")
+    config = ViTConfig(32, 8, 64, 3, 4, 7, pool=pool)
+    ours = random_weights(ViT(config))
+    export_weights(ours.state_dict(), config, tmp_path / f"a{suffix}", "timm")
+    theirs = eval(json.loads((tmp_path / "a.json").read_text())["build"], {"timm": timm}).eval()
+    theirs.load_state_dict(read_weights(tmp_path / f"a{suffix}")[0], strict=True)
+    same_logits(theirs, ours)
+    (tmp_path / "a.json").unlink()
+    state = random_weights(theirs).state_dict()
+    net, _ = load_pretrained(saved(tmp_path / "theirs.pth", state), heads=4, **quiet)
+    same_logits(net, theirs)
+
+
 @pytest.mark.parametrize("grid", [7, (3, 5)])
 def test_position_embeddings_as_timm_resizes_them(grid):
     timm = pytest.importorskip("timm", reason="timm is not installed; torch's interpolation is the oracle above")
@@ -504,3 +564,16 @@ def test_a_swin_of_another_width_is_left_alone(tmp_path, capsys):
 def test_unknown_heads(tmp_path, capsys):
     torch.save(ViT(ViTConfig(32, 8, 48, 1, 6)).state_dict(), tmp_path / "a.pth")
     refuses(capsys, lambda: load_pretrained(tmp_path / "a.pth"), "width 48", "a.json")
+
+
+@pytest.mark.parametrize("name, format, change, words", [
+    ("a.pt", "onnx", {}, "timm or torchvision"), ("a.onnx", "timm", {}, "a.onnx"), ("a.json", "timm", {}, "a.json"),
+    ("a.pt", "torchvision", {"pool": "avg"}, "--format timm"), ("a.pt", "timm", {"depth": 2}, "also has blocks.2"),
+    ("a.pt", "timm", {"num_classes": 3}, "another shape of head.weight"), ("a.pt", "timm", {"depth": 4}, "lacks blocks.3")])
+def test_exports_that_cannot_be(name, format, change, words, tmp_path, capsys):
+    (tmp_path / name).write_text("old")
+    before, state = snapshot(tmp_path), ViT(SMALL).state_dict()
+    refuses(capsys, lambda: export_weights(state, ViTConfig(**{**vars(SMALL), **change}), tmp_path / name, format), words)
+    state["norm.bias"][3] = math.inf
+    refuses(capsys, lambda: export_weights(state, SMALL, tmp_path / "a.pt"), "not finite")
+    assert snapshot(tmp_path) == before
