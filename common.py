@@ -4,6 +4,7 @@
   Flags      one table row per flag: name, type, a value per preset, help with the value's source.
   Machine    device, mixed precision, torchrun.
   Run        an output directory: config.json, log.jsonl, checkpoints.
+  Weights    pretrained ViTs of timm, DeiT, torchvision and Hugging Face in, ours out to timm and torchvision.
   Training   one optimiser over many steps: schedule, gradients, log, checkpoint, resume.
 
 Nothing here has an equation number of either paper, and nothing here knows a dataset. There is no trainer class that
@@ -21,6 +22,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import time
 from datetime import timedelta
@@ -428,6 +430,284 @@ class Run:
     def print(self, *words):
         if self.machine.rank == 0:
             tqdm.write(" ".join(map(str, words)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights from elsewhere, and for elsewhere
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The tensors of a ViT in three dialects: timm's and DeiT's (ours), torchvision's, Hugging Face's. # is the block's number.
+# Names differ, numbers do not: q, k, v are the thirds of qkv, in this order; Hugging Face's three are joined first.
+DIALECTS = ("timm", "torchvision", "Hugging Face")
+NAMES = [("cls_token", "class_token", "embeddings.cls_token"),
+         ("pos_embed", "encoder.pos_embedding", "embeddings.position_embeddings"),
+         ("patch_embed.proj.", "conv_proj.", "embeddings.patch_embeddings.projection."),
+         ("norm.", "encoder.ln.", "layernorm."),
+         ("head.", "heads.head.", "classifier."),
+         *((f"blocks.#.{a}.", f"encoder.layers.encoder_layer_#.{b}", f"encoder.layer.#.{c}.") for a, b, c in [
+             ("norm1", "ln_1.", "layernorm_before"), ("norm2", "ln_2.", "layernorm_after"),
+             ("attn.qkv", "self_attention.in_proj_", "attention.attention.qkv"),
+             ("attn.proj", "self_attention.out_proj.", "attention.output.dense"),
+             ("mlp.fc1", "mlp.0.", "intermediate.dense"), ("mlp.fc2", "mlp.3.", "output.dense")])]
+# Other spellings of a dialect: torchvision before 0.13, and its published files; transformers 5 in memory (it writes the
+# names above) and its DeiT, which has two heads.
+SPELLINGS = ((), (("mlp.linear_1", "mlp.0"), ("mlp.linear_2", "mlp.3")), (
+    (r"^layers\.", "encoder.layer."), (r"\.q_proj", ".attention.query"), (r"\.k_proj", ".attention.key"),
+    (r"\.v_proj", ".attention.value"), (r"\.o_proj", ".output.dense"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"),
+    ("^cls_classifier", "classifier"), ("^distillation_classifier", "head_dist"), ("^embeddings.distillation_token", "dist_token")))
+# What may be left unused, as it stands beside or behind the encoder. Any other tensor would change the features.
+SPARE = re.compile(r"dist_token$|head_dist\.|heads?\.|pre_logits\.|pooler\.|(embeddings\.)?mask_token$|decoder")
+IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)        # mean and std; white is 1
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+               "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: 8 bytes, little end first, with the length of a header; the header in JSON,
+    {name: {"dtype", "shape", "data_offsets": [begin, end]}}; the numbers, without gaps. Raises when it is not that."""
+    weights, at = {}, 0
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        size = os.path.getsize(path) - 8 - length                                    # of the numbers, in bytes
+        if size < 0:
+            raise ValueError("the header is cut off")
+        header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], SAFETENSORS[entry["dtype"]]
+            if begin != at or end > size or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} is not where the header says")
+            data = bytearray(f.read(end - begin))
+            weights[name] = torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+            at = end
+    if at != size:
+        raise ValueError("more numbers than the header names")
+    return weights
+
+
+def write_safetensors(path, weights):
+    """The inverse. Wide types come first and the header is padded, so that every tensor starts at a multiple of its item size."""
+    header, at, kinds = {"__metadata__": {"format": "pt"}}, 0, {dtype: kind for kind, dtype in SAFETENSORS.items()}
+    weights = sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)
+    for name, t in weights:
+        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    numbers = (t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for _, t in weights)
+    write_atomically(path, lambda p: p.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *numbers])))
+
+
+def told(said, path):
+    """{"heads", "mean", "std"}, as far as a dict has them: "extra" of our checkpoints, our card, a hub's JSON files."""
+    parts = [said] + [said.get(key) for key in ("pretrained_cfg", "architecture", "config")] if isinstance(said, dict) else []
+    both = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+    found = {key: both.get(key, both.get(other))
+             for key, other in (("heads", "num_attention_heads"), ("mean", "image_mean"), ("std", "image_std"))}
+    for key, value in found.items():
+        numbers = [value] if key == "heads" else value if isinstance(value, (list, tuple)) and len(value) == 3 else [None]
+        if value is not None and not all(type(a) in (int, float) and math.isfinite(a) and (a > 0 or key == "mean") for a in numbers):
+            fail(f"what is said of {path} has {key} {value!r}; mean and std are 3 finite numbers each, std and heads above 0")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def read_weights(path):
+    """(weights, about) of a file: {name: tensor} on the CPU, and what is said of them. Any trouble is one sentence.
+
+    .safetensors, or whatever torch.load reads without running anything (.pt, .pth, .bin). Training checkpoints are
+    unwrapped, and names lose what DDP and torch.compile put before them. about: "wrapped", the key that was unwrapped;
+    "own", a checkpoint of this code; and what is told() by it, by NAME.json beside it, and by a hub's JSON files.
+    """
+    path = Path(path)
+    if not path.is_file():
+        fail(f"there is no file of weights at {path}")
+    try:                        # the flags in training checkpoints of DeiT and torchvision are a Namespace, which runs nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = (read_safetensors(path) if path.suffix == ".safetensors" else
+                       torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # many kinds, as in load_checkpoint
+        fail(f"{path} is not a readable file of weights (truncated, foreign, or with code in it): {type(error).__name__}")
+    content = content if isinstance(content, dict) else {}
+    about = {"wrapped": None, "own": content.get("format") == CHECKPOINT_FORMAT, **told(content.get("extra"), path)}
+    hub = ["config.json", "preprocessor_config.json"] if path.stem in ("model", "pytorch_model") else []
+    for name in hub + [f"{path.stem}.json"]:
+        with contextlib.suppress(OSError, ValueError):
+            about |= told(json.loads((path.parent / name).read_text()), path)
+    for key in ("model", "state_dict", "model_ema"):
+        if isinstance(content.get(key), dict):
+            content, about["wrapped"] = content[key], key
+            break
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(n)): t for n, t in content.items() if isinstance(t, torch.Tensor)}
+    if not weights:
+        fail(f"{path} holds no weights by name; save a state_dict")
+    for name, t in weights.items():
+        if t.is_floating_point() and not t.isfinite().all():
+            fail(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
+    return weights, about
+
+
+def renamed(weights, old, new):
+    """Names of one column of NAMES in those of another; what is in no row keeps its name."""
+    rows = [(re.compile(re.escape(row[old]).replace(r"\#", r"(\d+)")), row[new].replace("#", r"\1")) for row in NAMES]
+    spell = lambda name: next((old.sub(new, name, count=1) for old, new in rows if old.match(name)), name)
+    return {spell(name): t for name, t in weights.items()}
+
+
+def respelled(weights, dialect):
+    for old, new in SPELLINGS[dialect]:
+        weights = {re.sub(old, new, name): t for name, t in weights.items()}
+    return weights
+
+
+def check_fits(state, net, path, optional=()):
+    """One sentence unless `state` has the tensors of `net` (but for the prefix `optional`) in their shapes, and no others."""
+    shapes = {n: p.shape for n, p in net.state_dict().items() if "relative_position_index" not in n}
+    for trouble, names in (("lacks", [n for n in shapes if n not in state and not n.startswith(optional)]),
+                           ("also has", [n for n in state if n not in shapes]),
+                           ("has another shape of", [n for n in state if n in shapes and state[n].shape != shapes[n]])):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            fail(f"{path} does not fit this {type(net).__name__}: it {trouble} {names[0]}{more}")
+
+
+def vit_state(weights, heads=None, path="the file"):
+    """(state, config, report) of a ViT in any dialect: float32 tensors under our names, ViTConfig by their shapes.
+
+    heads: shapes do not tell; by default width / 64, as all published ViTs but ViT-H. Without a head, config says 1 class.
+    report: "source", the dialect; "unexpected", what was left out: DeiT's distillation token and its head (the logits are
+    then those of the class token alone), heads of other kinds. Anything else that does not fit is one sentence.
+
+    LayerNorm adds 1e-6 to the variance here, in timm and in torchvision, but 1e-12 in Hugging Face's: 1e-4 in its logits.
+    """
+    ends = [name + "weight" for name in NAMES[2]]
+    found = [(dialect, name) for name in weights for dialect, end in enumerate(ends) if name.endswith(end)]
+    if len(found) != 1:
+        fail(f"{path} holds {len(found) or 'no'} ViTs under names of {', '.join(DIALECTS)}; give a file with one")
+    dialect, name = found[0]
+    prefix = name.removesuffix(ends[dialect])                                        # "vit.", "encoder.", mostly nothing
+    state = respelled({name.removeprefix(prefix): t for name, t in weights.items()}, dialect)
+    for name in [n for n in state if ".attention.attention.query." in n]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts if part in state])
+    state = renamed(state, dialect, 0)
+    nothing = torch.empty(0)
+    patch, pos, fc1 = (state.get(n, nothing) for n in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"))
+    tokens = ("cls_token" in state) + ("dist_token" in state)
+    grid = math.isqrt(max(0, pos.shape[1] - tokens)) if pos.ndim == 3 else 0
+    if patch.ndim != 4 or patch.shape[1] != 3 or not grid or grid ** 2 + tokens != pos.shape[1] or fc1.ndim != 2:
+        fail(f"{path} is no plain ViT: that has patches of RGB images, position embeddings of a square grid, and MLPs")
+    if "dist_token" in state:
+        state["pos_embed"] = torch.cat([pos[:, :1], pos[:, 2:]], 1)                  # class, distillation, patches
+    head = {"head.weight", "head.bias"}
+    if not head <= state.keys() or any("pre_logits" in n for n in state):            # no head on the features themselves
+        state, head = {re.sub(r"^head\.", "heads.", n): t for n, t in state.items()}, set()
+    width, size = len(patch), patch.shape[2]
+    if not heads and width % 64:
+        fail(f"{path}: width {width} does not tell the number of heads; say \"heads\" in {Path(path).with_suffix('.json')}")
+    depth = len({n.split(".")[1] for n in state if n.startswith("blocks.")})
+    config = ViTConfig(grid * size, size, width, depth, heads or {1280: 16}.get(width, width // 64),
+                       len(state["head.weight"]) if head else 1, "token" if "cls_token" in state else "avg", len(fc1) // width)
+    spare = [n for n in state if SPARE.match(n) and n not in head]
+    state = {n: t.float() for n, t in state.items() if n not in spare}
+    with torch.device("meta"):
+        check_fits(state, ViT(config), path, "head.")
+    return state, config, {"source": DIALECTS[dialect], "unexpected": spare}
+
+
+def resized_pos_embed(pos_embed, grid, prefix):
+    """Position embeddings (1, prefix + n n, D) for another grid, g or (rows, columns) -> (1, prefix + rows columns, D).
+
+    Bicubic with antialiasing as in timm; DeiT and Hugging Face do without it, torchvision aligns corners. The first
+    `prefix`, those of class tokens, have no place on the grid and stay.
+    """
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    n = math.isqrt(pos_embed.shape[1] - prefix)
+    if (rows, columns) == (n, n):
+        return pos_embed
+    patches = pos_embed[:, prefix:].reshape(1, n, n, -1).permute(0, 3, 1, 2)         # (1, D, n, n)
+    patches = F.interpolate(patches, (rows, columns), mode="bicubic", antialias=True)
+    return torch.cat([pos_embed[:, :prefix], patches.flatten(2).transpose(1, 2)], 1)
+
+
+def normalisation_of(path, about, report, classes):
+    """(mean, std, why) of the images that weights were trained on; mean and std are None for a checkpoint of this code,
+    where each task has its own. What is neither told nor to be seen in the names is a guess, and `why` says so."""
+    if "mean" in about and "std" in about:
+        return tuple(about["mean"]), tuple(about["std"]), "as told with the weights"
+    if about["own"]:
+        return None, None, "a checkpoint of this code: each task's own"
+    if report["source"] == "torchvision":
+        return *IMAGENET, "ImageNet's, as all of torchvision"
+    if "dist_token" in report["unexpected"] or "deit" in Path(path).name or (report["source"], about["wrapped"]) == ("timm", "model"):
+        return *IMAGENET, "ImageNet's, as DeiT"
+    if classes in (21841, 21843):
+        return *HALF, "as ViTs of ImageNet-21k"
+    return *HALF, f"assumed, as most ViTs of Google and timm; else say \"mean\" and \"std\" in {Path(path).with_suffix('.json')}"
+
+
+def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=None, say=print):
+    """(net, report): a ViT from a file of timm, DeiT, torchvision, Hugging Face or this code, or `net` filled from it.
+
+    num_classes, image_size: the file's by default; position embeddings are resized, and a head of other classes is left
+    fresh. net, a ViT or torchvision's Swin, decides both by itself; it is untouched unless everything fits.
+    report: "source", "loaded" (number of tensors), "missing", "unexpected" (names), "head" ("kept" or "replaced"), "mean",
+    "std", "normalisation" (why these). say prints it in two lines.
+    """
+    weights, about = read_weights(path)
+    if net is None or isinstance(net, ViT):
+        state, config, report = vit_state(weights, heads or about.get("heads") or net and net.config.heads, path)
+        if net is None:
+            wanted = {"image_size": image_size, "num_classes": num_classes}
+            net = ViT(dataclasses.replace(config, **{key: value for key, value in wanted.items() if value}))
+        for key in ("patch_size", "width", "depth", "heads", "pool", "mlp_ratio"):
+            theirs, ours = getattr(config, key), getattr(net.config, key)
+            if theirs != ours:
+                fail(f"{path} holds a ViT of {key.replace('_', ' ')} {theirs}, but {ours} is needed here")
+        prefix = int(config.pool == "token")
+        state["pos_embed"] = resized_pos_embed(state["pos_embed"], net.config.image_size // net.config.patch_size, prefix)
+    else:                       # the index of relative positions is a constant that torchvision computes
+        state = {n: t for n, t in respelled(weights, 1).items() if "relative_position_index" not in n}
+        report = {"source": "torchvision", "unexpected": []}
+    classes = len(state.get("head.weight", ()))
+    kept = classes == len(net.head.weight) and "head.bias" in state
+    if not kept:
+        report["unexpected"] += [n for n in state if n.startswith("head.")]
+        state = {n: t for n, t in state.items() if not n.startswith("head.")}
+    check_fits(state, net, path, () if kept else "head.")
+    net.load_state_dict(state, strict=False)
+    mean, std, why = normalisation_of(path, about, report, classes)
+    report |= {"loaded": len(state), "missing": [] if kept else ["head.weight", "head.bias"],
+               "head": "kept" if kept else "replaced", "mean": mean, "std": std, "normalisation": why}
+    say(f"{path}: {len(state)} tensors under names of {report['source']}; head {report['head']} "
+        f"({len(net.head.weight)} classes); not used: {', '.join(report['unexpected']) or 'none'}")
+    say(f"  normalisation: mean {mean}, std {std} ({why})")
+    return net, report
+
+
+def export_weights(state, config, path, format="timm", card=None):
+    """A ViT's state for timm or torchvision, as .pt, .pth or .safetensors, and its card, a JSON file of the same name: the
+    architecture, the call whose module loads it strictly, and the caller's `card` (task, method, "mean", "std" ...)."""
+    path, c = Path(path), config
+    if format not in DIALECTS[:2] or path.suffix not in (".pt", ".pth", ".safetensors"):
+        fail(f"weights go to timm or torchvision as .pt, .pth or .safetensors, not to {format} as {path.name}")
+    if format == "torchvision" and c.pool == "avg":
+        fail("torchvision's ViT takes no mean over patches; use --format timm, whose VisionTransformer does it with "
+             'global_pool="avg", class_token=False')
+    with torch.device("meta"):
+        check_fits(state, ViT(c), "the network to export")
+    if not all(t.isfinite().all() for t in state.values()):
+        fail(f"the weights are not finite; nothing was written to {path}")
+    build = (f"timm.models.vision_transformer.VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, "
+             f"embed_dim={c.width}, depth={c.depth}, num_heads={c.heads}, mlp_ratio={c.mlp_ratio}, num_classes={c.num_classes}, "
+             f"global_pool={c.pool!r}, class_token={c.pool == 'token'})" if format == "timm" else
+             f"torchvision.models.VisionTransformer(image_size={c.image_size}, patch_size={c.patch_size}, num_layers={c.depth}, "
+             f"num_heads={c.heads}, hidden_dim={c.width}, mlp_dim={c.mlp_ratio * c.width}, num_classes={c.num_classes})")
+    card = {"architecture": dataclasses.asdict(c), "format": format, "build": build, **(card or {})}
+    text = json.dumps(card, indent=1, default=str)
+    state = renamed({n: t.detach().float().cpu().contiguous() for n, t in state.items()}, 0, DIALECTS.index(format))
+    save = write_safetensors if path.suffix == ".safetensors" else lambda p, s: write_atomically(p, lambda q: torch.save(s, q))
+    save(path, state)
+    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(text + "\n"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
