@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision import datasets
 
 import data
+from common import accuracy
 from test_common import refuses
 
 
@@ -30,7 +31,7 @@ def shade(k):
 
 def classes_seen(task, split):
     """The class of each image of a split by its colour: what labels[split] should be."""
-    x = task.images[split] if torch.is_tensor(task.images[split]) else torch.stack([task.images[split][k] for k in range(len(task.labels[split]))])
+    x = torch.stack([task.images[split][k] for k in range(len(task.labels[split]))])        # a tensor or ImageFiles
     return ((x[:, 0].float().mean((1, 2)) - 10) / 20).round().long()
 
 
@@ -50,8 +51,8 @@ def load(name, folder, **how):
 # Visual Decathlon
 
 
-def coco(path, domain, split, labels, classes, offset=10 ** 7, labelled=True, folder="{domain}/{split}"):
-    """labels: those of the images; classes: names in the order of `categories`; ids as in the devkit, counted from offset + 1."""
+def coco(path, domain, split, labels, classes, offset=10 ** 7, labelled=True):
+    """labels: of the images; classes: names in the order of `categories`; ids as in the devkit, from offset + 1."""
     images = [{"id": offset + k, "file_name": f"data/{domain}/{split}/{label + 1:04d}/{k:06d}.jpg", "width": 20, "height": 16}
               for k, label in enumerate(labels)]
     content = dict(info={}, images=images, licenses=[],
@@ -183,8 +184,10 @@ def test_cars(tmp_path, nested):
     root, names = tmp_path / "stanford_cars", np.array(["Acura RL", "Audi A5", "BMW M3"], object)
     os.makedirs(root / "devkit")
     savemat(root / "devkit/cars_meta.mat", {"class_names": names})
-    for split, labels, path in (("train", [1, 3, 2, 2], "devkit/cars_train_annos.mat"), ("test", [2, 1], "cars_test_annos_withlabels.mat")):
-        rows = np.array([(1, label, f"{k:05d}.jpg") for k, label in enumerate(labels)], [("bbox_x1", "O"), ("class", "O"), ("fname", "O")])
+    for split, labels, path in (("train", [1, 3, 2, 2], "devkit/cars_train_annos.mat"),
+                                ("test", [2, 1], "cars_test_annos_withlabels.mat")):
+        columns = [(name, "O") for name in ("bbox_x1", "class", "fname")]
+        rows = np.array([(1, label, f"{k:05d}.jpg") for k, label in enumerate(labels)], columns)
         savemat(root / path, {"annotations": rows})
         for k, label in enumerate(labels):
             picture(root / f"cars_{split}" / (f"cars_{split}" if nested else "") / f"{k:05d}.jpg", shade(label - 1))
@@ -287,7 +290,8 @@ def test_fashion(tmp_path, capsys, packed):
     for stem, labels in (("train", [9, 0, 3]), ("t10k", [1, 2])):
         labels = np.array(labels, np.uint8)
         idx(folder / f"{stem}-labels-idx1-ubyte", labels, packed)
-        idx(folder / f"{stem}-images-idx3-ubyte", np.broadcast_to(20 * labels[:, None, None] + 10, (len(labels), 28, 28)).astype(np.uint8), packed)
+        pixels = np.tile(20 * labels[:, None, None] + 10, (1, 28, 28)).astype(np.uint8)
+        idx(folder / f"{stem}-images-idx3-ubyte", pixels, packed)
     task = load("fashion-mnist", tmp_path)
     assert task.class_names[9] == "Ankle boot" and counts(task) == [3, 2, 2]
     right_labels(task)
@@ -333,7 +337,7 @@ def test_faces_in_folders(tmp_path, capsys):
     names = sorted(("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"))
     folders(tmp_path, ("train", "test"), names, label=lambda k: data.FER.index(names[k]))
     task = load("fer2013", tmp_path)
-    assert task.class_names == data.FER and task.class_names[6] == "neutral" and counts(task) == [14, 14, 14]
+    assert task.class_names == list(data.FER) and task.class_names[6] == "neutral" and counts(task) == [14, 14, 14]
     right_labels(task)
     for split in ("train", "test"):
         (tmp_path / split / "sad").rename(tmp_path / split / "bored")
@@ -437,6 +441,8 @@ def test_files_give_the_same_batches(both, workers):
                 assert torch.equal(a, b)
     x, y = files.examples("val", 4)
     assert len(x) == 4 and torch.equal(torch.cat(list(x.split(3))), task.examples("val", 4)[0])
+    brightest = lambda x: x.flatten(1).float()              # any function of the images will do
+    assert accuracy(brightest, files, "train", "cpu") == accuracy(brightest, task, "train", "cpu")
     assert torch.equal(y, task.labels["val"][:4]) and torch.equal(torch.get_rng_state(), state)
 
 
@@ -551,3 +557,4 @@ def test_memory_is_shared_among_tasks(cifar):
     tasks = data.load_many(["cifar10", "cifar100"], str(cifar), 16, workers=1, memory=20 * 3 * 16 ** 2 / 2 ** 30)
     assert [type(t) for t in tasks.values()] == [data.Task, data.FileTask]
     right_labels(tasks["cifar100"])
+    data.contact_sheet(tasks, str(cifar / "sheet.png"), columns=3)
