@@ -1043,8 +1043,8 @@ MEMORY, MASKS_MEMORY = 12, 32       # GiB that images may take; masks are croppe
 
 
 def locate(name, data_dir, marks, places=()):
-    """The first of data_dir and its sub-folders `places` that holds one of the paths `marks`."""
-    for place, mark in itertools.product(("", *places), marks):
+    """The first of data_dir's sub-folders `places`, or data_dir itself, that holds one of the paths `marks`."""
+    for place, mark in itertools.product((*places, ""), marks):
         if os.path.exists(os.path.join(data_dir, place, mark)):
             return os.path.normpath(os.path.join(data_dir, place))
     where = data_dir + (f" or its folders {', '.join(places)}" if places else "")
@@ -1100,7 +1100,7 @@ def read_inaturalist(name, data_dir):
     base = locate(name, data_dir, ["train2019.json"], ["inaturalist2019", "iNaturalist2019", "inat2019"])
     path = lambda *parts: os.path.join(base, *parts)
     return read_lists({"train": path("train2019.json"), "val": path("val2019.json")}, path,
-                      lambda file: path(*file.split("/")[:1], *file.split("/")[2:]),          # without supercategory, as DeiT's
+                      lambda file: path(*file.split("/")[:1], *file.split("/")[2:]),          # as DeiT's code has it
                       lambda file: path("2019", *file.split("/")[1:]))                        # torchvision's
 
 
@@ -1152,7 +1152,7 @@ def read_food(name, data_dir):
 def read_cars(name, data_dir):
     """The devkit's lists, or the class folders into which many copies were sorted."""
     from torchvision.datasets import StanfordCars
-    base = locate(name, data_dir, ["stanford_cars/devkit", "stanford_cars/train"], ["", "cars"])
+    base = locate(name, data_dir, ["stanford_cars/devkit", "stanford_cars/train"], ["cars"])
     folder = os.path.join(base, "stanford_cars")
     if not os.path.isdir(os.path.join(folder, "devkit")):
         return read_folder(folder, as_is=True)
@@ -1320,6 +1320,8 @@ REAL = {f"decathlon/{domain}": Real(read_decathlon, dict(zip(("classes", *SPLITS
 def find(name, data_dir):
     """Found of a real dataset or a folder of images: files that are there, in a fixed mixed order, and those missing."""
     found = REAL[name].read(name, data_dir) if name in REAL else read_folder(name)
+    if len(found.files) == 1:
+        fail(f"{name}: there are training images, but neither val nor test images with labels; needed: {REAL[name].get}")
     files, missing = {}, []
     for split, listed in found.files.items():
         same = next((s for s in files if found.files[s] is listed), None)
@@ -1584,11 +1586,11 @@ def check(name, data_dir, image_size, workers, output, limit=2000):
           f"{size / seconds / 1e6:,.1f} MB/s {how}")
     task = make_task(name, found.class_names, {"train": images}, {"train": labels})
     print(f"  their mean {task.mean}, std {task.std}; used: {NORMS.get(name, 'those of the training images')}")
-    shown = [images[k] for k in range(min(40, len(images)))]
-    shown += list(read_images(found.files.get("val", found.files.get("test", train))[:40], image_size, workers, name)[0])
+    held_out = "val" if "val" in found.files else "test"
+    shown = [*images[:40], *read_images(found.files[held_out][:limit], image_size, workers, name)[0][:40]]
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     save_image(make_grid(torch.stack(shown).float() / 255, nrow=20, padding=2, pad_value=1), output)
-    print(f"  {output}: the first images of train and of {'val' if 'val' in found.files else 'test'}")
+    print(f"  {output}: the first images of train and of {held_out}")
     for path in found.missing[:20]:
         print(f"  missing: {path}")
     trouble = ([f"{len(found.missing):,} listed images are missing"] if found.missing else []) + differences(found)

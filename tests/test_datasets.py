@@ -113,6 +113,8 @@ def test_decathlon_bad(tmp_path, capsys):
     refuses(capsys, lambda: load("decathlon/gtsrb", tmp_path), "1 of 7 listed images are missing", "000000.jpg", "--check")
     coco(tmp_path / "annotations/gtsrb_val.json", "gtsrb", "val", [0], ["a", "b", "c"])
     refuses(capsys, lambda: load("decathlon/gtsrb", tmp_path), "different categories")
+    os.rename(tmp_path / "annotations/gtsrb_val.json", tmp_path / "val")
+    refuses(capsys, lambda: load("decathlon/gtsrb", tmp_path), "neither val nor test")
     (tmp_path / "annotations/gtsrb_val.json").write_text("{}")
     refuses(capsys, lambda: load("decathlon/gtsrb", tmp_path), "gtsrb_val.json", "COCO")
 
@@ -147,6 +149,13 @@ def test_imagenet(tmp_path):
         assert task.class_names == list(WNIDS) and counts(task) == [6, 6, 6]
         right_labels(task)
     assert (task.mean, task.std) == data.IMAGENET and task.images["val"].data_ptr() == task.images["test"].data_ptr()
+
+
+def test_a_named_folder_goes_first(tmp_path):
+    """data_dir/train may belong to another dataset."""
+    folders(tmp_path, ("train", "val"), ("cats", "dogs"))
+    folders(tmp_path / "imagenet", ("train", "val"), WNIDS)
+    assert load("imagenet", tmp_path).num_classes == 3
 
 
 def test_imagenet_flat_val(tmp_path, capsys):
@@ -514,7 +523,7 @@ def test_unreadable_images_are_skipped(tmp_path, capsys, monkeypatch):
         assert torch.equal(((red - 10) / 20).round().long(), y)
     assert capsys.readouterr().out.count("skipped 1 of 20") == 2             # once by measure, once by batch
     monkeypatch.setattr(data, "BAD_SHARE", 0.001)
-    files.workers = 0
+    files.workers, files.streams = 0, {}
     refuses(capsys, lambda: [files.to("cpu").batch("train", step, 10) for step in range(2)], "1 of 20 images")
 
 
