@@ -32,11 +32,20 @@ as 32 x 32, drawn finer. What a class looks like does not depend on the seed.
 
     python data.py                  draw everything, write results/contact_sheet.png
     python data.py --difficulty     how hard each task is: chance, a linear model on pixels, a small ViT
+    python data.py --check NAME --data-dir DIR      what was found of a real dataset (names: see REAL), what is missing
 """
+import collections
+import contextlib
+import copy
+import csv
+import functools
+import gzip
 import hashlib
 import itertools
+import json
 import os
 import re
+import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -829,6 +838,19 @@ def generator(*numbers):
     return torch.Generator().manual_seed(int(state))
 
 
+@functools.lru_cache(32)
+def permutation(n, epoch, seed):
+    """The order of n images in an epoch."""
+    return torch.randperm(n, generator=generator(seed, epoch))
+
+
+def rows_of(n, step, batch_size, seed, rank=0, world=1):
+    """The rows of batch `step` that are this rank's: of one permutation after another, every world-th."""
+    first, last = step * batch_size, (step + 1) * batch_size
+    return torch.cat([permutation(n, epoch, seed)[max(first - epoch * n, 0):last - epoch * n]
+                      for epoch in range(first // n, (last - 1) // n + 1)])[rank::world]
+
+
 @dataclass
 class Task:
     """A classification task held in memory as bytes: images {split: uint8 [N, 3, S, S]}, labels {split: int64 [N]}.
@@ -862,14 +884,6 @@ class Task:
         move = lambda tensors: {split: t.to(device) for split, t in tensors.items()}
         return Task(self.name, self.class_names, self.mean, self.std, move(self.images), move(self.labels))
 
-    def order(self, split, epoch, seed):
-        """The permutation of a split that makes up one epoch; the last two are kept."""
-        key = (split, epoch, seed)
-        if key not in self.orders:
-            self.orders = dict(list(self.orders.items())[-1:])
-            self.orders[key] = torch.randperm(len(self.labels[split]), generator=generator(seed, epoch))
-        return self.orders[key]
-
     def normalise(self, images):
         """float32 (x / 255 - mean) / std of uint8 images."""
         return images.float().mul_(self.scale).add_(self.shift)
@@ -880,12 +894,11 @@ class Task:
         A pure function of its arguments: the stream is one permutation of the split after another, so there is no
         loader to save, and any step can be looked at again. Rank r of `world` gets rows r, r + world, ... of the
         batch. augment shifts each image by up to 1/16 of its size, edges repeated; the shifts are drawn for the
-        whole batch, so what an image looks like does not depend on `world`. Images with masks are cut to crop x crop
-        pixels at a random place (whole by default), and augment flips half of them left to right.
+        whole batch, so what an image looks like does not depend on `world`. Other values of augment: see `recipe`.
+        Images with masks are cut to crop x crop pixels at a random place (whole by default), and augment flips half
+        of them left to right.
         """
-        n, first, last = len(self.labels[split]), step * batch_size, (step + 1) * batch_size
-        rows = torch.cat([self.order(split, epoch, seed)[max(first - epoch * n, 0):last - epoch * n]
-                          for epoch in range(first // n, (last - 1) // n + 1)])[rank::world]
+        rows = rows_of(len(self.labels[split]), step, batch_size, seed, rank, world)
         images, device = self.images[split], self.images[split].device
         rows = to_device(rows, device)
         if crop and not (self.segmentation and crop <= images.shape[-1]):
@@ -899,10 +912,12 @@ class Task:
             drawn = to_device(torch.cat([places, flips], 1).long()[rank::world], device)
             images, masks = cropped(images[rows], self.labels[split][rows], drawn, crop)
             return self.normalise(images), masks.long()
-        if augment:
+        if augment in (True, "shift"):
             margin = images.shape[-1] // 16
             shifts = torch.randint(-margin, margin + 1, (batch_size, 2), generator=generator(seed, step, 1))
             images = shifted(images[rows], to_device(shifts[rank::world], device))
+        elif augment:
+            images = to_device(recast(images[rows].cpu(), self.name, augment, seed, step, rank, world), device)
         else:
             images = images[rows]
         return self.normalise(images), self.labels[split][rows]
@@ -986,43 +1001,98 @@ def hold_out(root, files):
     return train, val
 
 
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files as uint8 [3, size, size]: shorter side resized to size, centre cut out. A path if it is unreadable."""
+def open_image(source):
+    """uint8 [3, H, W] of an image file, or of an array [H, W] or [3, H, W]."""
+    from torchvision.datasets.folder import pil_loader
+    from torchvision.transforms.v2.functional import pil_to_tensor
+    if isinstance(source, np.ndarray):
+        return torch.from_numpy(np.array(source)).expand(3, -1, -1)
+    return pil_to_tensor(pil_loader(source))
 
-    def __init__(self, files, size):
-        from torchvision.transforms import v2
-        self.files = files
-        self.transform = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Images [(path or array, label)] as uint8 [3, size, size]: shorter side resized to size, centre cut out.
+
+    files[row] is the path if it is unreadable. Where labels are paths of masks, the mask is a fourth channel.
+    """
+
+    def __init__(self, files, size, name=""):
+        sources, labels = zip(*files)
+        # Paths in one block: counting references to a million strings would copy them into every worker process.
+        self.sources = np.array([os.fsencode(s) for s in sources]) if isinstance(sources[0], str) else sources
+        self.labels, self.shape, self.name = np.array(labels), (len(files), 3, size, size), name
+        self.still, self.still_mask = still(size, name), still(size, name, mask=True)
 
     def __len__(self):
-        return len(self.files)
+        return len(self.sources)
 
-    def __getitem__(self, index):
-        from torchvision.datasets.folder import pil_loader
+    def __getitem__(self, row, transform=None):
+        source, label = self.sources[row], self.labels[row]
         try:
-            return self.transform(pil_loader(self.files[index][0]))
+            image = (transform or self.still)(open_image(source))
+            return torch.cat([image, self.still_mask(open_mask(label))]) if isinstance(label, str) else image
         except (OSError, ValueError, SyntaxError):          # what PIL raises for broken files
-            return self.files[index][0]
+            return os.fsdecode(source)
+
+    def __getitems__(self, keys):
+        """A batch for keys (row, augment, random stream): images [b, 3, size, size], paths of those unreadable.
+
+        In place of an unreadable image stands the next of its class, so that its label stays true (black if none is left).
+        """
+        images, bad = torch.zeros(len(keys), *self.shape[1:], dtype=torch.uint8), []
+        for out, (row, augment, stream) in zip(images, keys):
+            with seeded(*stream) if augment else contextlib.nullcontext():
+                transform = recipe(augment, self.shape[-1], self.name) if augment else None
+                image = self.__getitem__(row, transform)
+                if isinstance(image, str):
+                    same = np.flatnonzero(self.labels == self.labels[row])
+                    for other in np.roll(same, -np.searchsorted(same, row) - 1):
+                        bad.append(image)
+                        if not isinstance(image := self.__getitem__(other, transform), str):
+                            break
+            if not isinstance(image, str):
+                out.copy_(image)
+        return images, bad
 
 
-def read_images(files, size, workers):
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+BAD_SHARE = 0.001                   # of the images of a split may be unreadable or missing
+
+
+def report_bad(bad, total):
+    """Count and list unreadable images; they are skipped, unless they are too many."""
+    paths = ", ".join(sorted(bad)[:20]) + (", ..." if len(bad) > 20 else "")
+    if len(bad) > BAD_SHARE * total:
+        fail(f"cannot read {len(bad)} of {total:,} images (at most 1 in 1,000 is skipped): {paths}")
+    if bad:
+        print(f"skipped {len(bad)} of {total:,} images, which cannot be read: {paths}", flush=True)
+
+
+def read_images(files, size, workers, name=""):
+    """The readable ones of files [(source, label)]: images uint8 [n, 3, size, size]; labels int64 [n] or masks."""
+    dataset = ImageFiles(files, size, name)
+    images = torch.empty(dataset.shape, dtype=torch.uint8)
+    masks = torch.empty(len(files), size, size, dtype=torch.uint8) if isinstance(files[0][1], str) else None
     workers = workers if len(files) > 500 else 0            # starting them would take longer than reading
-    loader = torch.utils.data.DataLoader(ImageFiles(files, size), batch_size=None, num_workers=workers)
-    bar = tqdm(loader, "reading images", leave=False, disable=None)
-    for i, image in enumerate(bar):
+    kept, bad = [], []
+    for row, image in enumerate(tqdm(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers),
+                                     "reading images", leave=False, disable=None)):
         if isinstance(image, str):
-            bar.close()
-            fail(f"cannot read the image {image}")
-        images[i] = image
-    return images
+            bad.append(image)
+            continue
+        images[len(kept)] = image[:3]
+        if masks is not None:
+            masks[len(kept)] = image[3]
+        kept.append(row)
+    report_bad(bad, len(files))
+    labels = torch.from_numpy(dataset.labels[kept]) if masks is None else masks[:len(kept)]
+    return images[:len(kept)], labels
 
 
-def load_folder(root, image_size, workers):
-    """The Task in a folder of images: class folders, either at the top or inside train/, val/ and test/."""
+def read_folder(root, as_is=False):
+    """What a folder of images holds: class folders, either at the top or inside train/, val/ and test/ (as_is: no more)."""
     if not os.path.isdir(root):
-        fail(f"no task or folder {root!r}: give one of {', '.join(DRAWN)}, or a folder with one sub-folder of images per "
-             "class (or train/, val/ and test/ folders that hold these), or a part of either as in signs:0-15 or wide/10#3")
+        fail(f"no task or folder {root!r}: give one of {', '.join(DRAWN)}, a real dataset ({', '.join(REAL)}), a folder with one "
+             "sub-folder of images per class (or train/, val/ and test/ folders that hold these), or a part as in signs:0-15 or wide/10#3")
     top = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
     classes, train = list_folder(top)
     files = {}
@@ -1033,6 +1103,8 @@ def load_folder(root, image_size, workers):
             if names != classes:
                 odd = sorted(set(names) ^ set(classes))
                 fail(f"{top} and {folder} must have the same class folders; only one of them has {', '.join(odd[:5])}")
+    if as_is:
+        return Found(classes, {"train": train, **files})
     if "val" not in files:
         print(f"{root}: no val folder, so {HELD_OUT:.0%} of each class of the training images is held out as val")
         train, files["val"] = hold_out(top, train)
@@ -1041,9 +1113,592 @@ def load_folder(root, image_size, workers):
         files["test"] = files["val"]
     mixed = lambda file: hashlib.sha256(os.path.relpath(file[0], root).encode()).digest()
     files["train"] = sorted(train, key=mixed)               # any first n of them are a fair sample of the classes
-    images = {split: read_images(files[split], image_size, workers) for split in SPLITS}
-    labels = {split: torch.tensor([label for _, label in files[split]]) for split in SPLITS}
-    return make_task(root, classes, images, labels)          # named by its path: a folder called signs is not the drawn task
+    return Found(classes, files)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Real datasets: where the files lie, which label is whose, how many there should be
+# ---------------------------------------------------------------------------------------------------------------
+# A reader turns a folder into Found: class names and {split: [(path or array, label)]}, a label being a number or the
+# path of a mask. `listed` says that the paths come from a list and may be missing on disk.
+
+Found = collections.namedtuple("Found", "class_names files official listed missing", defaults=({}, False, ()))
+Real = collections.namedtuple("Real", "read official get")          # official: counts of a whole set; get: what to unpack
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DOMAINS = {                         # Visual Decathlon: classes, train, val, test, and mean and std of R, G, B
+    "aircraft": (100, 3334, 3333, 3333, (0.4798, 0.5107, 0.5344), (0.2107, 0.2051, 0.2373)),
+    "cifar100": (100, 40000, 10000, 10000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "daimlerpedcls": (2, 23520, 5880, 19600, (0.4820,) * 3, (0.2361,) * 3),
+    "dtd": (47, 1880, 1880, 1880, (0.5270, 0.4703, 0.4240), (0.2523, 0.2409, 0.2499)),
+    "gtsrb": (43, 31367, 7842, 12630, (0.3392, 0.3118, 0.3205), (0.2756, 0.2658, 0.2709)),
+    "imagenet12": (1000, 1232167, 49000, 48238, *IMAGENET),
+    "omniglot": (1623, 17853, 6492, 8115, (0.0810,) * 3, (0.2705,) * 3),
+    "svhn": (10, 47217, 26040, 26032, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "ucf101": (101, 7585, 1952, 3783, (0.4995, 0.4988, 0.4998), (0.1090, 0.1081, 0.1068)),
+    "vgg-flowers": (102, 1020, 1020, 6149, (0.4341, 0.3831, 0.2971), (0.2851, 0.2384, 0.2640)),
+}
+NORMS = {f"decathlon/{domain}": row[4:] for domain, row in DOMAINS.items()} | dict.fromkeys(     # the others: as measured
+    ("imagenet", "cifar10", "cifar100", "food101", "cars", "flowers102", "flowers102-trainval", "inaturalist2019", "ade20k"),
+    IMAGENET)                       # what DeiT normalises every dataset with
+UPRIGHT = ("signs", "glyphs", "digits", "decathlon/gtsrb", "decathlon/omniglot", "decathlon/svhn")     # a mirrored 2 is no 2
+FER = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")      # in the order of FER2013's CSV
+MEMORY, MASKS_MEMORY = 12, 32       # GiB that images may take; masks are cropped along with their images, in memory only
+
+
+def locate(name, data_dir, marks, places=()):
+    """The first of data_dir's sub-folders `places`, or data_dir itself, that holds one of the paths `marks`."""
+    for place, mark in itertools.product((*places, ""), marks):
+        if os.path.exists(os.path.join(data_dir, place, mark)):
+            return os.path.normpath(os.path.join(data_dir, place))
+    where = data_dir + (f" or its folders {', '.join(places)}" if places else "")
+    fail(f"{name}: there is no {' or '.join(marks)} in {where}; needed: {REAL[name].get}")
+
+
+def read_coco(path):
+    """Class names and [(file name, label)] of a COCO-style JSON file; a label is the class's position in `categories`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        place = {category["id"]: k for k, category in enumerate(content["categories"])}
+        label = {a["image_id"]: place[a["category_id"]] for a in content.get("annotations") or []}
+        files = [(image["file_name"], label[image["id"]]) for image in content["images"] if image["id"] in label]
+        return [str(category["name"]) for category in content["categories"]], files
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{path} is not an annotation file in COCO's format ({type(error).__name__}: {error})")
+
+
+def resolve(files, *spellings):
+    """files [(name, label)] with the first spelling (name -> path) under which one of fifty of them exists."""
+    some = files[::len(files) // 50 + 1]
+    spelling = next((s for s in spellings if any(os.path.exists(s(name)) for name, _ in some)), spellings[0])
+    return [(os.path.normpath(spelling(name)), label) for name, label in files]
+
+
+def read_lists(paths, *spellings):
+    """Found of {split: COCO file}, all with the same categories; a file without annotations is no split."""
+    lists = {split: read_coco(path) for split, path in paths.items() if os.path.exists(path)}
+    for split, (classes, _) in lists.items():
+        if classes != lists["train"][0]:
+            fail(f"{paths['train']} and {paths[split]} list different categories, so their labels do not mean the same")
+    files = {split: resolve(listed, *spellings) for split, (_, listed) in lists.items() if listed}
+    return Found(lists["train"][0], files, listed=True)
+
+
+def read_decathlon(name, data_dir):
+    """The devkit's annotations/DOMAIN_{train,val}.json with DOMAIN/... or data/DOMAIN/... beside or around them.
+
+    The devkit's test list is stripped of labels; Rebuffi et al. published them since, as annotations/DOMAIN_test.json.
+    TAL's tables are fractions of the val counts: val is what to compare with.
+    """
+    domain, join = name.split("/")[1], os.path.join
+    base = locate(name, data_dir, [f"annotations/{domain}_train.json"], ["decathlon-1.0", "decathlon", ".."])
+    bare = lambda file: file.removeprefix("data/")
+    short = lambda file: bare(file).replace("imagenet12/", "imagenet/", 1)          # as in copies made for TAL's code
+    paths = {split: join(base, "annotations", f"{domain}_{split}.json") for split in SPLITS}
+    return read_lists(paths, *(lambda file, top=top, spelt=spelt: join(top, spelt(file)) for spelt in (str, bare, short)
+                               for top in (base, data_dir, join(base, "data"))))
+
+
+def read_inaturalist(name, data_dir):
+    base = locate(name, data_dir, ["train2019.json"], ["inaturalist2019", "iNaturalist2019", "inat2019"])
+    path = lambda *parts: os.path.join(base, *parts)
+    return read_lists({"train": path("train2019.json"), "val": path("val2019.json")}, path,
+                      lambda file: path(*file.split("/")[:1], *file.split("/")[2:]),          # as DeiT's code has it
+                      lambda file: path("2019", *file.split("/")[1:]))                        # torchvision's
+
+
+def read_imagenet(name, data_dir):
+    base = locate(name, data_dir, ["train"], ["imagenet", "ImageNet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"])
+    val = os.path.join(base, "val")
+    if os.path.isdir(val) and not any(entry.is_dir() for entry in os.scandir(val)):
+        fail(f"{val} is flat: its images must be moved into one folder per class, named as in train/ (n01440764, ...); the "
+             "devkit's ILSVRC2012_validation_ground_truth.txt says which goes where, and the usual valprep.sh does it")
+    return read_folder(base, as_is=True)
+
+
+def torchvision_reader(name, make, **splits):
+    """{split: [(path, label)]} and the training set of torchvision's own reader; make(argument) for each split's argument."""
+    try:
+        sets = {split: make(argument) for split, argument in splits.items()}
+        return {split: [(str(s[i][0]), int(s[i][1])) for i in range(len(s))] for split, s in sets.items()}, sets["train"]
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        fail(f"{name}: torchvision's reader says: {str(error).splitlines()[0]}; needed: {REAL[name].get}")
+
+
+def need_scipy(name):
+    try:
+        import scipy.io                                                                # noqa: F401
+    except ImportError:
+        fail(f"{name} lists its images in MATLAB files, which are read with scipy: pip install scipy")
+
+
+def read_cifar(name, data_dir):
+    from torchvision import datasets                # checks md5 sums, as it should: these files are pickles
+    reader, folder = {"cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+                      "cifar100": (datasets.CIFAR100, "cifar-100-python")}[name]
+    base = locate(name, data_dir, [folder], [name])
+    try:
+        sets = {"train": reader(base, train=True), "test": reader(base, train=False)}
+    except RuntimeError as error:
+        fail(f"{name}: torchvision's reader says of {os.path.join(base, folder)}: {error}")
+    files = {split: list(zip(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2)), s.targets)) for split, s in sets.items()}
+    return Found(sets["train"].classes, files)
+
+
+def read_food(name, data_dir):
+    from torchvision.datasets import Food101
+    base = locate(name, data_dir, ["food-101/meta/train.json"], [name])
+    files, train = torchvision_reader(name, lambda split: Food101(base, split, loader=str), train="train", test="test")
+    return Found(train.classes, files, listed=True)
+
+
+def read_cars(name, data_dir):
+    """The devkit's lists, or the class folders into which many copies were sorted."""
+    from torchvision.datasets import StanfordCars
+    base = locate(name, data_dir, ["stanford_cars/devkit", "stanford_cars/train"], ["cars"])
+    folder = os.path.join(base, "stanford_cars")
+    if not os.path.isdir(os.path.join(folder, "devkit")):
+        return read_folder(folder, as_is=True)
+    need_scipy(name)
+    files, train = torchvision_reader(name, lambda split: StanfordCars(base, split, loader=str), train="train", test="test")
+    nested = lambda path: os.path.join(os.path.dirname(path), os.path.basename(os.path.dirname(path)), os.path.basename(path))
+    return Found(list(train.classes), {split: resolve(f, str, nested) for split, f in files.items()}, listed=True)
+
+
+def read_flowers(name, data_dir):
+    """The official splits; -trainval joins train and val, the 2,040 images on which DeiT's transfer results train."""
+    from torchvision.datasets import Flowers102
+    base = locate(name, data_dir, ["flowers-102/setid.mat"], ["flowers102"])
+    need_scipy(name)
+    files, train = torchvision_reader(name, lambda split: Flowers102(base, split, loader=str), **{s: s for s in SPLITS})
+    if name.endswith("trainval"):
+        files = {"train": files["train"] + files["val"], "test": files["test"]}
+    return Found(list(train.classes), files, listed=True)
+
+
+def read_idx(path):
+    """The uint8 array in an IDX file, packed or not; torchvision's reader takes only the latter."""
+    packed = not os.path.exists(path)
+    try:
+        with gzip.open(path + ".gz") if packed else open(path, "rb") as file:
+            content = file.read()
+        shape = np.frombuffer(content, ">u4", content[3], 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        fail(f"{path} is not a file in the IDX format, as Fashion-MNIST has them ({error})")
+
+
+def read_fashion(name, data_dir):
+    from torchvision.datasets import FashionMNIST
+    first = "train-images-idx3-ubyte"
+    base = locate(name, data_dir, [first, first + ".gz"], ["FashionMNIST/raw", "fashion-mnist", "fashion-mnist/data/fashion"])
+    part = lambda stem: list(zip(read_idx(os.path.join(base, f"{stem}-images-idx3-ubyte")),
+                                 read_idx(os.path.join(base, f"{stem}-labels-idx1-ubyte")).tolist()))
+    return Found(FashionMNIST.classes, {"train": part("train"), "test": part("t10k")})
+
+
+def split_by(files, groups):
+    """files [(source, label)] as train and val that share no group: per class the groups whose names hash lowest are val."""
+    size, label_of = collections.Counter(groups), dict(zip(groups, (label for _, label in files)))
+    wanted = {k: round(HELD_OUT * n) for k, n in collections.Counter(label_of[g] for g in groups).items()}
+    val = set()
+    for group in sorted(size, key=lambda g: hashlib.sha256(g.encode()).digest()):
+        if wanted[label_of[group]] > 0:
+            val.add(group)
+            wanted[label_of[group]] -= size[group]
+    return {split: [file for file, g in zip(files, groups) if (g in val) == (split == "val")] for split in ("train", "val")}
+
+
+def read_table(path, *columns):
+    """The rows of a CSV file (tabs will do) as dictionaries; names may follow the commas after a space."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            separator = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            rows = list(csv.DictReader(file, skipinitialspace=True, delimiter=separator))
+    except (OSError, ValueError, csv.Error) as error:
+        fail(f"cannot read the table {path}: {error}")
+    absent = [c for c in columns if not rows or rows[0].get(c) is None]
+    return fail(f"{path} has no column {', '.join(absent)}, or no rows") if absent else rows
+
+
+def read_faces(name, data_dir):
+    """fer2013.csv or icml_face_data.csv (all splits), train.csv (a fifth held out), or class folders in train/ and test/.
+
+    Labels are numbered as in the CSV whatever the source; folders in alphabetical order would have neutral before sad.
+    """
+    tables = ["fer2013.csv", "icml_face_data.csv", "train.csv"]
+    base = locate(name, data_dir, [*tables, "train"], ["fer2013", "FER2013", "fer2013/fer2013"])
+    table = next((os.path.join(base, t) for t in tables if os.path.exists(os.path.join(base, t))), None)
+    if table is None:
+        found = read_folder(base, as_is=True)
+        number = [next((k for k, e in enumerate(FER) if e[:3] == c[:3].lower()), None) for c in found.class_names]
+        if sorted(number, key=str) != list(range(7)):
+            fail(f"{name}: the folders in {base} should be {', '.join(FER)}, not {', '.join(found.class_names)}")
+        files = {split: [(path, number[label]) for path, label in f] for split, f in found.files.items()}
+        return Found(FER, files, dict(classes=7, train=28709, test=7178))           # PublicTest and PrivateTest in one
+    rows = read_table(table, "emotion", "pixels")
+    try:
+        files = [(np.array(row["pixels"].split(), np.uint8).reshape(48, 48), int(row["emotion"])) for row in rows]
+    except (ValueError, OverflowError) as error:
+        fail(f"{table} has a row that is not 48 x 48 pixels and a label ({error})")
+    if "Usage" not in rows[0]:
+        print(f"{table} has no column Usage, so {HELD_OUT:.0%} of each class is held out as val")
+        return Found(FER, split_by(files, [str(k) for k in range(len(files))]), dict(classes=7, all=28709))
+    usage = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}
+    return Found(FER, {s: [f for f, r in zip(files, rows) if r["Usage"] == u] for s, u in usage.items()})
+
+
+def read_lesions(name, data_dir):
+    """There is no official split: a fifth of each class's lesions is val, with all images of these lesions.
+
+    -leaky is no measure of anything: every class is repeated to the size of the largest before a fifth of the copies is
+    held out, so that val shows training images. That leaves 9,387 of 46,935 copies. TAL's accuracies can be fractions of
+    9,387 and not of any count below 5,860, hence the guess that they come from such a split.
+    """
+    tables = ["HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab"]
+    base = locate(name, data_dir, tables, ["ham10000", "HAM10000"])
+    rows = read_table(next(p for t in tables if os.path.exists(p := os.path.join(base, t))), "lesion_id", "image_id", "dx")
+    classes = sorted({row["dx"] for row in rows})
+    tops = [base] + [e.path for e in os.scandir(base) if e.is_dir() and e.name.lower().startswith(("ham10000", "images"))]
+    path = {os.path.splitext(f)[0]: os.path.join(folder, f) for top in reversed(tops)
+            for folder, _, names in ([(top, [], os.listdir(top))] if top == base else os.walk(top))
+            for f in sorted(names) if f.lower().endswith(".jpg")}
+    files = [(path.get(r["image_id"], os.path.join(base, r["image_id"] + ".jpg")), classes.index(r["dx"])) for r in rows]
+    if not name.endswith("-leaky"):
+        return Found(classes, split_by(files, [row["lesion_id"] for row in rows]), listed=True)
+    mine = [[f for f in files if f[1] == k] for k in range(len(classes))]
+    copies = [(f, n) for m in mine for n, f in zip(range(max(map(len, mine))), itertools.cycle(m))]
+    return Found(classes, split_by([f for f, _ in copies], [f"{os.path.basename(f[0])} {n}" for f, n in copies]), listed=True)
+
+
+def read_ade20k(name, data_dir):
+    """Scene parsing with 150 classes: the label of an image is the path of its mask."""
+    base = locate(name, data_dir, ["annotations/training"], ["ADEChallengeData2016", "ade20k/ADEChallengeData2016", "ade20k"])
+    files = {}
+    for split, folder in (("train", "training"), ("val", "validation")):
+        path = lambda kind, stem, ending: os.path.join(base, kind, folder, stem + ending)
+        masks = path("annotations", "", "")
+        stems = sorted(f[:-4] for f in os.listdir(masks) if f.endswith(".png")) if os.path.isdir(masks) else []
+        if not stems:
+            fail(f"{name}: {masks} holds no masks (.png); needed: {REAL[name].get}")
+        files[split] = [(path("images", stem, ".jpg"), path("annotations", stem, ".png")) for stem in stems]
+    rows = read_table(os.path.join(base, "objectInfo150.txt"), "Idx", "Name")
+    return Found([row["Name"].split(",")[0] for row in rows], files, listed=True)
+
+
+def open_mask(path):
+    """uint8 [1, H, W] of class numbers from 0: in the files they start at 1 and 0 is "none", which becomes 255."""
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+    with Image.open(path) as mask:
+        return pil_to_tensor(mask)[:1] - 1                  # bytes wrap around: 0 - 1 = 255 = IGNORED
+
+
+REAL = {f"decathlon/{domain}": Real(read_decathlon, dict(zip(("classes", *SPLITS), row)),
+        f"decathlon-1.0-devkit.tar.gz, and within its data/ the {domain}.tar of decathlon-1.0-data.tar.gz"
+        if domain != "imagenet12" else "decathlon-1.0-devkit.tar.gz, and beside it decathlon-1.0-data-imagenet.tar")
+        for domain, row in DOMAINS.items()} | {
+    "imagenet": Real(read_imagenet, dict(classes=1000, train=1281167, val=50000), "train/ and val/ with a folder per class"),
+    "cifar10": Real(read_cifar, dict(classes=10, train=50000, test=10000), "cifar-10-python.tar.gz, unpacked"),
+    "cifar100": Real(read_cifar, dict(classes=100, train=50000, test=10000), "cifar-100-python.tar.gz, unpacked"),
+    "food101": Real(read_food, dict(classes=101, train=75750, test=25250), "food-101.tar.gz, unpacked"),
+    "cars": Real(read_cars, dict(classes=196, train=8144, test=8041),
+                 "stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, or with train/ and "
+                 "test/ that hold a folder per class"),
+    "flowers102": Real(read_flowers, dict(classes=102, train=1020, val=1020, test=6149),
+                       "flowers-102/ with jpg/, imagelabels.mat and setid.mat"),
+    "flowers102-trainval": Real(read_flowers, dict(classes=102, train=2040, test=6149), "the files of flowers102"),
+    "inaturalist2019": Real(read_inaturalist, dict(classes=1010, train=265213, val=3030),
+                            "train2019.json, val2019.json and train_val2019/"),
+    "fashion-mnist": Real(read_fashion, dict(classes=10, train=60000, test=10000), "the four ...-ubyte or ...-ubyte.gz files"),
+    "fer2013": Real(read_faces, dict(classes=7, train=28709, val=3589, test=3589),
+                    "fer2013.csv, icml_face_data.csv or train.csv, or train/ and test/ with a folder per expression"),
+    "ham10000": Real(read_lesions, dict(classes=7, all=10015), "HAM10000_metadata.csv and the two folders of images"),
+    "ham10000-leaky": Real(read_lesions, dict(classes=7, all=46935, val=9387), "the files of ham10000"),
+    "ade20k": Real(read_ade20k, dict(classes=150, train=20210, val=2000), "ADEChallengeData2016.zip, unpacked"),
+}
+
+
+def find(name, data_dir):
+    """Found of a real dataset or a folder of images: files that are there, in a fixed mixed order, and those missing."""
+    found = REAL[name].read(name, data_dir) if name in REAL else read_folder(name)
+    if len(found.files) == 1:
+        fail(f"{name}: there are training images, but neither val nor test images with labels; needed: {REAL[name].get}")
+    files, missing = {}, []
+    for split, listed in found.files.items():
+        same = next((s for s in files if found.files[s] is listed), None)
+        if same:
+            files[split] = files[same]
+            continue
+        there = []
+        for file in listed:
+            absent = [path for path in file if isinstance(path, str) and not os.path.exists(path)] if found.listed else []
+            missing += absent[:1]
+            there += [] if absent else [file]
+        if not there:
+            fail(f"{name}: none of the {len(listed):,} {split} images is there, such as {missing[-1] if missing else 'any'}")
+        order = np.random.default_rng(0).permutation(len(there)) if name in REAL else range(len(there))
+        files[split] = [there[k] for k in order]            # so that any first n are a fair sample of the classes
+    return found._replace(files=files, missing=missing, official=found.official or REAL[name].official if name in REAL else {})
+
+
+def differences(found):
+    """Sentences on what is not as the whole dataset has it."""
+    lists = {id(f): f for f in found.files.values()}.values()
+    counts = {split: len(f) for split, f in found.files.items()} | {
+        "classes": len(found.class_names), "all": sum(map(len, lists))}
+    return [f"{counts.get(key, 0):,} {key if key == 'classes' else key + ' images'} where the whole set has {count:,}"
+            for key, count in found.official.items() if counts.get(key, 0) != count]
+
+
+def find_all(name, data_dir):
+    """As find, with every split there is; says what differs from the whole set, and stops where too much is missing."""
+    found = find(name, data_dir)
+    files, total = dict(found.files), sum(map(len, found.files.values())) + len(found.missing)
+    if len(found.missing) > BAD_SHARE * total:
+        fail(f"{name}: {len(found.missing):,} of {total:,} listed images are missing, such as {found.missing[0]}; "
+             f"python data.py --check {name} --data-dir {data_dir} says more")
+    for sentence in differences(found):
+        print(f"{name}: {sentence}")
+    for split, other in (("val", "test"), ("test", "val")):
+        if split not in files:
+            print(f"{name}: no {split} images with labels, so {split} is the same as {other}")
+            files[split] = files[other]
+    return found._replace(files=files)
+
+
+def load_real(origin, found, image_size, workers, memory, classes=None, name=None):
+    """The Task of a real dataset or a folder of images; `classes` keeps only the files of these, renumbered in the order
+    given. mean and std are then those of all classes, as in `subset`."""
+    name, files, names, norm = name or origin, found.files, list(found.class_names), NORMS.get(origin)
+    masks = isinstance(files["train"][0][1], str)
+    if classes is not None:
+        if masks:
+            fail(f"{name}: {origin} has a class for every pixel, so it has no subset of images by class")
+        norm = norm or measure(files["train"], image_size, workers, origin)
+        place, names = {k: i for i, k in enumerate(classes)}, [names[k] for k in classes]
+        lists = {id(f): [(source, place[label]) for source, label in f if label in place] for f in files.values()}
+        files = {split: lists[id(f)] for split, f in files.items()}
+    lists = {id(f): f for f in files.values()}
+    need = sum(map(len, lists.values())) * image_size ** 2 * (4 if masks else 3) / 2 ** 30
+    if need > memory and not masks:
+        print(f"{name}: {need:.1f} GiB at {image_size} pixels, more than {max(memory, 0):.1f}, so {workers} processes decode "
+              "images as they are needed")
+        return FileTask(name, names, *(norm or measure(files["train"], image_size, workers, origin)), files, image_size, workers)
+    if masks and need > MASKS_MEMORY:
+        fail(f"{name} takes {need:.1f} GiB at {image_size} pixels, more than {MASKS_MEMORY}; give a smaller --image-size")
+    read = {key: read_images(f, image_size, workers, origin) for key, f in lists.items()}
+    images, labels = ({split: read[id(f)][k] for split, f in files.items()} for k in (0, 1))
+    return Task(name, names, *norm, images, labels) if norm else make_task(name, names, images, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images decoded as they are needed, and the papers' augmentation
+# ---------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def seeded(*numbers):
+    """Within, torch's own random stream, which torchvision draws from, is fixed by the numbers; afterwards it goes on."""
+    state = torch.get_rng_state()
+    torch.set_rng_state(generator(*numbers).get_state())    # of the CPU alone: manual_seed would reach GPUs as well
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def still(size, name="", mask=False):
+    """The transform without chance: shorter side to size, centre cut out; ImageNet's margin of 1/8 is cut off, as in DeiT."""
+    from torchvision.transforms import InterpolationMode as Mode, v2
+    if name.startswith("imagenet"):                         # and its parts
+        return v2.Compose([v2.Resize(round(size / 0.875), Mode.BICUBIC, antialias=True), v2.CenterCrop(size)])
+    return v2.Compose([v2.Resize(size, Mode.NEAREST if mask else Mode.BILINEAR, antialias=True), v2.CenterCrop(size)])
+
+
+@functools.lru_cache
+def recipe(augment, size, name):
+    """A paper's augmentation, uint8 [3, H, W] -> uint8 [3, size, size], drawn per image.
+
+    "decathlon", as in TAL's public code: a random crop of the image resized to its shorter side, flip, colours, noise;
+    digits, letters and signs get noise only. "deit": random resized crop, flip, RandAugment of magnitude 9 of 10, random
+    erasing. Missing beside DeiT's own: the jitter of the magnitude (mstd 0.5) and repeated augmentation; MixUp and CutMix
+    take whole batches, see `mixed`.
+    """
+    from torchvision.transforms import InterpolationMode as Mode, v2
+    part = PART.fullmatch(name)
+    upright = (part[1] if part else name) in UPRIGHT
+    flip = [] if upright else [v2.RandomHorizontalFlip()]
+    if augment == "decathlon":
+        crop = [v2.CenterCrop(size)] if upright else [v2.RandomCrop(size), *flip, v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]
+        noise = v2.GaussianNoise(sigma=0.05 if upright else 0.08)
+        planes = v2.Lambda(torch.Tensor.contiguous)         # noise for images stored pixel by pixel takes 8 times as long
+        return v2.Compose([v2.Resize(size, antialias=True), planes, *crop, planes, noise])
+    if augment == "deit":
+        fill = [round(255 * m) for m in IMAGENET[0]]
+        crop = v2.RandomResizedCrop(size, interpolation=Mode.BICUBIC, antialias=True)
+        operations = v2.RandAugment(2, 9, num_magnitude_bins=11, interpolation=Mode.BILINEAR, fill=fill)
+        return v2.Compose([crop, *flip, operations, v2.Lambda(erase)])
+    fail(f"augment is 'shift', 'decathlon' or 'deit', not {augment!r}")
+
+
+def erase(image, chance=0.25):
+    """Random erasing of a uint8 image by noise that has mean 0 and deviation 1 once it is normalised as ImageNet is."""
+    from torchvision.transforms import RandomErasing
+    if torch.rand(()) >= chance:
+        return image
+    top, left, h, w, noise = RandomErasing.get_params(image, (0.02, 1 / 3), (0.3, 3.3))
+    if noise is not image:                                  # no rectangle of that shape fitted
+        mean, std = (torch.tensor(t).view(3, 1, 1) for t in IMAGENET)
+        image = image.clone()
+        image[:, top:top + h, left:left + w] = ((noise * std + mean) * 255).clamp(0, 255).byte()
+    return image
+
+
+def recast(images, name, augment, seed, step, rank, world):
+    """A recipe on images [b, 3, S, S] in memory: one stream per place in the whole batch, so `world` does not matter.
+
+    One after the other in this process: for a training of any length, memory=0 leaves it to FileTask's workers.
+    """
+    out = []
+    for k, image in enumerate(images):
+        with seeded(seed, step, 2, rank + k * world):
+            out.append(recipe(augment, images.shape[-1], name)(image))
+    return torch.stack(out)
+
+
+def mixed(x, y, num_classes, seed, step, mixup=0.8, cutmix=1.0):
+    """MixUp or CutMix, as likely, between neighbours of a batch x [b, 3, S, S], y [b]: x and probabilities [b, classes].
+
+    DeiT's other part, label smoothing, is cross_entropy(..., label_smoothing=0.1), which takes probabilities too.
+    """
+    from torchvision.transforms import v2
+    with seeded(seed, step, 3):
+        blend, patch = v2.MixUp(alpha=mixup, num_classes=num_classes), v2.CutMix(alpha=cutmix, num_classes=num_classes)
+        return v2.RandomChoice([blend, patch])(x, y)
+
+
+def stream(dataset, keys, workers, pin):
+    """(uint8 batch, unreadable paths) for lists of keys; see ImageFiles.__getitems__.
+
+    Knows nothing of the task that holds it: processes that die in a reference cycle take 5 s each to do so.
+    """
+    yield from torch.utils.data.DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=tuple, pin_memory=pin,
+                                           generator=torch.Generator())    # not the stream from which training draws
+
+
+class FileTask(Task):
+    """A Task whose images {split: ImageFiles} stay in their files: processes decode the next batches while a net computes.
+
+    Each image is decoded once per epoch. batch() gives what Task.batch gives, whatever the number of workers, at any
+    step; they read ahead as long as steps are asked for in turn, and start anew at any other. Recipes see whole images,
+    where a Task has only their centres.
+    """
+
+    def __init__(self, name, class_names, mean, std, files, image_size, workers):
+        images = {split: ImageFiles(f, image_size, name) for split, f in files.items()}
+        super().__init__(name, class_names, mean, std, images, {s: torch.from_numpy(i.labels) for s, i in images.items()})
+        self.workers, self.device, self.streams, self.bad = workers, torch.device("cpu"), {}, {}
+
+    def to(self, device):
+        other = copy.copy(self)
+        other.device, other.labels = torch.device(device), {split: y.to(device) for split, y in self.labels.items()}
+        other.streams, other.bad = {}, {}
+        other.__post_init__()
+        return other
+
+    def stream(self, split, keys, workers):
+        return stream(self.images[split], keys, workers, self.device.type == "cuda")
+
+    def take(self, split, images, bad):
+        """The batch on the device; unreadable images are reported when first met."""
+        known = self.bad.setdefault(split, set())
+        if not known.issuperset(bad):
+            known.update(bad)
+            report_bad(known, len(self.labels[split]))
+        return images.to(self.device, non_blocking=True)
+
+    def batch(self, split, step, batch_size, seed=0, augment=False, rank=0, world=1):
+        """As Task.batch."""
+        n, shift = len(self.labels[split]), augment in (True, "shift")
+        if augment and not shift:
+            recipe(augment, self.images[split].shape[-1], self.name)         # one sentence here, not one from each worker
+        asked = split, batch_size, seed, augment, rank, world
+        if self.streams.get(split, ())[:2] != (asked, step):
+            batches = ((at, rows_of(n, at, batch_size, seed, rank, world).tolist()) for at in itertools.count(step))
+            keys = ([(row, False if shift else augment, (seed, at, 2, rank + k * world)) for k, row in enumerate(rows)]
+                    for at, rows in batches)
+            self.streams[split] = asked, step, self.stream(split, keys, self.workers)
+        images = self.take(split, *next(self.streams[split][2]))
+        self.streams[split] = asked, step + 1, self.streams[split][2]
+        if shift:
+            margin = images.shape[-1] // 16
+            shifts = torch.randint(-margin, margin + 1, (batch_size, 2), generator=generator(seed, step, 1))
+            images = shifted(images, to_device(shifts[rank::world], self.device))
+        rows = rows_of(n, step, batch_size, seed, rank, world)
+        return self.normalise(images), self.labels[split][to_device(rows, self.device)]
+
+    def examples(self, split, limit=None):
+        """As Task.examples, but x only has a length and split(n), which gives normalised batches as they are decoded."""
+        y = self.labels[split][:limit]
+        return Examples(self, split, len(y)), y
+
+
+class Examples:
+    def __init__(self, task, split, count):
+        self.task, self.name, self.count = task, split, count
+
+    def __len__(self):
+        return self.count
+
+    def split(self, size):
+        keys = ([(row, False, ()) for row in range(k, min(k + size, self.count))] for k in range(0, self.count, size))
+        for read in self.task.stream(self.name, keys, self.task.workers if self.count > 500 else 0):
+            yield self.task.normalise(self.task.take(self.name, *read))
+
+
+def gibibytes(task):
+    """GiB of a task's images in memory."""
+    tensors = {id(t): t for t in task.images.values() if torch.is_tensor(t)}
+    return sum(t.numel() for t in tensors.values()) / 2 ** 30
+
+
+def measure(files, image_size, workers, name, limit=2000):
+    """Mean and std of the first `limit` images."""
+    images, labels = read_images(files[:limit], image_size, workers, name)
+    task = make_task(name, [], {"train": images}, {"train": labels})
+    return task.mean, task.std
+
+
+def check(name, data_dir, image_size, workers, output, limit=2000):
+    """Print what is there of a real dataset and what is missing, write a contact sheet; exit code 2 if it is not whole."""
+    from torchvision.utils import make_grid, save_image
+    found = find(name, data_dir)
+    some = [str(c) for c in found.class_names[:6]]
+    print(f"{name}: {len(found.class_names):,} classes ({', '.join(some)}{', ...' if len(found.class_names) > 6 else ''})")
+    for split, files in found.files.items():
+        classes = len({label for _, label in files})
+        what = "images with masks" if isinstance(files[0][1], str) else f"images of {classes:,} classes"
+        print(f"  {split}: {len(files):,} {what}; official: {found.official.get(split, '-')}")
+    start, train = time.perf_counter(), found.files["train"][:limit]
+    images, labels = read_images(train, image_size, workers, name)
+    seconds, how = time.perf_counter() - start, f"with {workers} workers" if len(train) > 500 else "in this process"
+    size = sum(os.path.getsize(source) if isinstance(source, str) else source.nbytes for source, _ in train)
+    print(f"  {len(train):,} training images decoded to {image_size} pixels: {len(train) / seconds:,.0f} images/s, "
+          f"{size / seconds / 1e6:,.1f} MB/s {how}")
+    task = make_task(name, found.class_names, {"train": images}, {"train": labels})
+    print(f"  their mean {task.mean}, std {task.std}; used: {NORMS.get(name, 'those of the training images')}")
+    held_out = "val" if "val" in found.files else "test"
+    shown = [*images[:40], *read_images(found.files[held_out][:limit], image_size, workers, name)[0][:40]]
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
+    save_image(make_grid(torch.stack(shown).float() / 255, nrow=20, padding=2, pad_value=1), output)
+    print(f"  {output}: the first images of train and of {held_out}")
+    for path in found.missing[:20]:
+        print(f"  missing: {path}")
+    trouble = ([f"{len(found.missing):,} listed images are missing"] if found.missing else []) + differences(found)
+    if trouble:
+        fail(f"{name} is not whole: {'; '.join(trouble)}")
+    print(f"{name} is whole: its counts are the official ones" if found.official else f"{name}: no official counts are known")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1074,50 +1729,52 @@ def class_subsets(num_classes, parts, seed=0):
     return [sorted(part.tolist()) for part in np.array_split(np.random.default_rng(seed).permutation(num_classes), parts)]
 
 
-def part_of(task, name, first, last, parts, number):
-    """Classes first to last of a task, or number `number` of `parts` class subsets (`first` is then None)."""
+def classes_of(name, num_classes, first, last, parts, number):
+    """The classes first to last, or number `number` of `parts` class subsets (`first` is then None)."""
     if first is not None:
-        if not first < last < task.num_classes:
-            fail(f"{name}: A-B needs A below B, and {task.name} has the classes 0 to {task.num_classes - 1}")
-        return subset(task, range(first, last + 1), name)
-    subsets = class_subsets(task.num_classes, parts)
+        if not first < last < num_classes:
+            fail(f"{name}: A-B needs A below B, and there are the classes 0 to {num_classes - 1}")
+        return range(first, last + 1)
+    subsets = class_subsets(num_classes, parts)
     if not 1 <= number <= parts:
         fail(f"{name}: the {parts} subsets are numbered from 1 to {parts}")
-    return subset(task, subsets[number - 1], name)
+    return subsets[number - 1]
 
 
-def load_many(names, data_dir="data", image_size=32, seed=0, workers=2):
-    """{name: Task} of drawn tasks, image folders and parts of them; see `load`. Missing drawings are made in one pool."""
-    parts = {name: None if name in SPECS or os.path.isdir(name) else PART.fullmatch(name) for name in names}
-    wholes = list(dict.fromkeys(part[1] if part else name for name, part in parts.items()))      # each is loaded once
-    tasks = load_wholes(wholes, data_dir, image_size, seed, workers)
-    number = lambda digits: digits and int(digits)
-    return {name: part_of(tasks[part[1]], name, *map(number, part.groups()[1:])) if part else tasks[name]
-            for name, part in parts.items()}
-
-
-def load_wholes(names, data_dir, image_size, seed, workers):
-    """{name: Task} of whole tasks: drawn ones and folders."""
-    found = draw_missing([n for n in names if n in SPECS], data_dir, image_size, seed, workers)
-    tasks = {}
-    for name in names:
-        if name in SPECS:
-            drawn = {split: found[name, split] for split in SPLITS}
-            labels = {s: d[:, 3].copy() if SPECS[name].masks else drawn_labels(name, s) for s, d in drawn.items()}
-            tasks[name] = make_task(name, SPECS[name].class_names, {s: d[:, :3] for s, d in drawn.items()}, labels)
+def load_many(names, data_dir="data", image_size=32, seed=0, workers=2, memory=MEMORY):
+    """{name: Task} of drawn tasks, real datasets, image folders and parts of these; see `load`. Missing drawings are made in
+    one pool, and of a real dataset only the files of the classes asked for are read."""
+    asked = {name: None if name in SPECS or name in REAL or os.path.isdir(name) else PART.fullmatch(name) for name in names}
+    asked = {name: (part[1], [digits and int(digits) for digits in part.groups()[1:]]) if part else (name, None)
+             for name, part in asked.items()}
+    found = draw_missing(dict.fromkeys(origin for origin, _ in asked.values() if origin in SPECS), data_dir, image_size, seed, workers)
+    wholes, tasks = {}, {}
+    for name, (origin, part) in asked.items():
+        if origin in SPECS and origin not in wholes:
+            drawn = {split: found[origin, split] for split in SPLITS}
+            labels = {s: d[:, 3].copy() if SPECS[origin].masks else drawn_labels(origin, s) for s, d in drawn.items()}
+            wholes[origin] = make_task(origin, SPECS[origin].class_names, {s: d[:, :3] for s, d in drawn.items()}, labels)
+        elif origin not in wholes:
+            wholes[origin] = find_all(origin, data_dir)
+        classes = classes_of(name, len(wholes[origin].class_names), *part) if part else None
+        if origin in SPECS:
+            tasks[name] = subset(wholes[origin], classes, name) if part else wholes[origin]
         else:
-            tasks[name] = load_folder(name, image_size, workers)
+            left = memory - sum(map(gibibytes, tasks.values()))
+            tasks[name] = load_real(origin, wholes[origin], image_size, workers, left, classes, name)
     return tasks
 
 
-def load(name, data_dir="data", image_size=32, seed=0, workers=2):
-    """A drawn task by name, or the task in a folder of images (class folders, with or without train/ val/ test/).
+def load(name, data_dir="data", image_size=32, seed=0, workers=2, memory=MEMORY):
+    """A drawn task by name, a real dataset of REAL by name, or the task in a folder of images (class folders, with or
+    without train/ val/ test/).
 
     signs:0-15 is the first 16 classes of signs, wide/10#3 the third of the ten subsets into which the classes of wide
-    are dealt; a folder of that very name comes first. Drawn tasks are kept in data_dir/drawn. Bad input ends the
-    program with one sentence (exit code 2).
+    are dealt; a folder of that very name comes first. Drawn tasks are kept in data_dir/drawn; real datasets are read
+    from data_dir. Images that need more than `memory` GiB stay in their files (FileTask). Bad input ends the program
+    with one sentence (exit code 2).
     """
-    return load_many([name], data_dir, image_size, seed, workers)[name]
+    return load_many([name], data_dir, image_size, seed, workers, memory)[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1172,16 +1829,21 @@ def difficulty(task):
 
 def main(argv=None):
     parser = Parser(description="Draw the mini visual decathlon and show it.")
-    parser.add_argument("--output", default="results/contact_sheet.png", help="where the contact sheet goes")
-    parser.add_argument("--data-dir", default="data", help="folder of the cache (drawn/ inside it)")
+    parser.add_argument("--output", help="where the contact sheet goes [results/contact_sheet.png; runs/ with --check]")
+    parser.add_argument("--check", metavar="NAME", help="say what is there of a real dataset or a folder of images")
+    parser.add_argument("--data-dir", default="data", help="folder of the real datasets and of the cache (drawn/ inside it)")
     parser.add_argument("--image-size", type=positive, default=32, help="side of the drawn images in pixels")
     parser.add_argument("--seed", type=whole, default=0, help="seed of the drawn images")
     parser.add_argument("--workers", type=positive, default=2, help="threads that draw, processes that read folders")
     parser.add_argument("--difficulty", action="store_true", help="print how hard each task is instead (minutes)")
     parser.add_argument("--tasks", help="comma-separated drawn tasks or folders; all drawn ones (--difficulty: but scenes)")
     args = parser.parse_args(argv)
+    args.output = args.output or (f"runs/check-{args.check.strip('/').replace('/', '-')}.png" if args.check else
+                                  "results/contact_sheet.png")
     if not args.output.endswith((".png", ".jpg")):
         fail(f"--output {args.output} must end in .png or .jpg")
+    if args.check:
+        return check(args.check, args.data_dir, args.image_size, args.workers, args.output)
     names = args.tasks.split(",") if args.tasks else [n for n in DRAWN if not (args.difficulty and SPECS[n].masks)]
     tasks = load_many(names, args.data_dir, args.image_size, args.seed, args.workers)
     if not args.difficulty:
