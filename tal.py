@@ -21,6 +21,7 @@ Left out: GPT-2 (Table 6). D1, D2, ... mark decisions where paper and released c
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -34,9 +35,9 @@ from torch import fx, nn
 from torch.func import functional_call
 
 import data
-from common import (VIT_SIZES, Run, Training, ViT, ViTConfig, accuracy, fail, load_checkpoint, load_weights,
-                    amount, parameter_groups, parse_flags, positive, rank_zero_first, setup_machine, share, vit_config, whole,
-                    write_atomically, yes_no)
+from common import (VIT_SIZES, Run, Training, ViT, ViTConfig, accuracy, amount, export_weights, fail, load_checkpoint,
+                    load_pretrained, load_weights, parameter_groups, parse_flags, positive, rank_zero_first, read_weights,
+                    setup_machine, share, vit_config, whole, write_atomically, yes_no)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -582,14 +583,26 @@ class TrainingModel(nn.Module):
 
 
 class Ancestry(nn.Module):
-    """The ancestry model: one ViT encoder with a head per task it was trained on."""
-    def __init__(self, config, classes):
+    """The ancestry model: one ViT encoder with a head per task it was trained on.
+
+    Pretrained ones come with the mean and std by which their images were normalised. They are shown each task's images that
+    way, in the size they know, while the student sees the task's own normalisation.
+    """
+    def __init__(self, config, classes, mean=None, std=None):
         super().__init__()
         self.encoder = ViT(config)
         self.encoder.head = nn.Identity()
         self.heads = nn.ModuleDict({task: nn.Linear(config.width, n) for task, n in classes.items()})
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, values and torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def forward(self, x):                                                            # (B, 3, H, W) -> E_anc (B, d')
+    def forward(self, x, task=None):             # (B, 3, H, W), normalised as data.Task does -> E_anc (B, d')
+        if self.mean is not None:
+            white_is_1 = (x - task.shift) / (255 * task.scale)
+            x = (white_is_1 - self.mean) / self.std
+        size = self.encoder.config.image_size
+        if x.shape[-1] != size:
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         return self.encoder(x)
 
 
@@ -611,8 +624,9 @@ def tal_step(hypernet, ancestry, config, task, x, y, I, args, machine):
     with machine.autocast():
         logits, E_train = functional_call(net, {f"net.{n}": w for n, w in weights.items()}, (x,), strict=True)
         with torch.no_grad():
-            E_anc = ancestry(x) if ancestry is not None else None
-            if args.method == "tal+" and E_anc is not None and task.name in ancestry.heads:
+            E_anc = ancestry(x, task) if ancestry is not None else None
+            known = args.method == "tal+" and E_anc is not None and task.name in ancestry.heads
+            if known and ancestry.heads[task.name].out_features == task.num_classes:
                 soft = ancestry.heads[task.name](E_anc).softmax(-1)                  # D9: half label, half ancestry
                 y = (soft + F.one_hot(y, task.num_classes)) / 2
     cls = loss_cls(y, logits.float())
@@ -639,7 +653,7 @@ def task_embedding(ancestry, task, machine, limit=2000):
     D4: brought to norm sqrt(t). The released embeddings have norms between 6 and 23, and an unseen task's falls outside.
     """
     x, _ = task.examples("train", limit)
-    mean = torch.stack([ancestry(part.to(machine.device)).sum(0) for part in x.split(500)]).sum(0) / len(x)
+    mean = torch.stack([ancestry(part.to(machine.device), task).sum(0) for part in x.split(500)]).sum(0) / len(x)
     return mean * (len(mean) ** 0.5 / mean.norm())
 
 
@@ -692,7 +706,7 @@ def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddi
         rows = []
         for task, visit in schedule[step]:
             task = tasks[task]
-            x, y = task.batch("train", visit, args.batch_size, args.seed, args.augment, machine.rank, machine.world)
+            x, y = task.batch("train", visit, args.batch_size, args.seed, args.augment and args.recipe, machine.rank, machine.world)
             I = embeddings[task.name] if embeddings else None
             rows.append([tal_step(hypernet, ancestry, config, task, x, y, I, args, machine) for config in configs])
         loss, cls, aux = (multi_task_loss(meta_batch_loss(values[i] for values in row) for row in rows) for i in range(3))
@@ -723,6 +737,7 @@ STAGES = ["ancestry", "pretrain", "tune", "evaluate", "train", "customize", "plo
 METHODS = ["tal", "tal+", "logah", "ghn3", "random"]
 PRESETS = ["drawn", "paper"]
 CODE = "paper silent; authors' code"
+REAL_TASKS = [f"decathlon/{domain}" for domain in data.DOMAINS if domain != "imagenet12"]
 
 
 def two_sizes(text):
@@ -738,21 +753,24 @@ def image_count(text):
 FLAGS = [   # name, type, (drawn, paper), help and source
     ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
     ("--method", METHODS, "tal", "tal+: wider architectures, soft labels; logah, ghn3: baselines; random: for train, no prediction"),
-    ("--data", str, "", "tasks, drawn or folders of images, comma-separated: what evaluate reports, train trains, customize serves"),
-    ("--data-dir", str, "data", "where drawn data is cached"),
-    ("--output", str, "runs/tal", "directory of the run; for customize, the file to write"),
+    ("--data", str, "", "tasks, comma-separated: drawn ones, real datasets, folders of images; evaluate reports, train trains, customize "
+     "serves them"),
+    ("--data-dir", str, "data", "where real datasets lie, and drawn data is cached"),
+    ("--output", str, "runs/tal", "directory of the run; for customize, the file to write: .pt, .pth or .safetensors"),
+    ("--format", ["timm", "torchvision"], "timm", "whose VisionTransformer loads the file that customize writes"),
     ("--seed", whole, 0, "seed of the run; the data have their own, fixed"),
     ("--device", str, "auto", "cpu, cuda, cuda:1 ..."),
     ("--threads", whole, (1, 0), "CPU threads, 0 for all; the drawn networks are too small to gain from a second one"),
     ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision of the networks (Sec. 5.1); auto: bf16 on a GPU, none on a CPU"),
     ("--batch-size", positive, (64, 512), f"images per step, over all processes; {CODE}: 512"),
-    ("--epochs", amount, 0.0, "epochs of the stage asked for; 0 takes the next four flags"),
+    ("--epochs", amount, 0.0, "epochs of the stage asked for; 0 takes the next four flags; customize: epochs to train on before writing"),
     ("--ancestry-epochs", amount, (5.0, 0.0), "epochs over the ancestry's tasks; the paper takes a pretrained ViT-Base"),
     ("--pretrain-epochs", amount, (4.0, 75.0), "Sec. 5.1"),
     ("--tune-epochs", amount, (6.0, 100.0), "Sec. 5.1"),
     ("--train-epochs", amount, (5.0, 100.0), "Tables 3 and 5"),
     ("--train-images", image_count, "", "images per task for train, instead of epochs; tune: as many as tuning shows of the task"),
-    ("--tune-tasks", str, ",".join(data.DECATHLON), "tasks to tune on (Sec. 5.1); a single one is TAL-st of Table 7"),
+    ("--base-task", str, (data.BASE, "imagenet"), "task to pretrain on (Sec. 5.1)"),
+    ("--tune-tasks", str, (",".join(data.DECATHLON), ",".join(REAL_TASKS)), "tasks to tune on (Sec. 5.1); a single one is TAL-st of Table 7"),
     ("--lr", amount, (3e-4, 3e-4), "peak learning rate, cosine (Sec. 5.1)"),
     ("--lr-basis", amount, (3e-3, 3e-4), "the same for decoder bases and graph embeddings; paper: one rate"),
     ("--weight-decay", amount, 1e-2, "AdamW (Sec. 5.1)"),
@@ -782,8 +800,10 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--image-size", positive, (32, 224), "pixels"),
     ("--patch", positive, (8, 16), "pixels"),
     ("--pool", ["token", "avg"], ("avg", "token"), "class token (ViT), or mean of the patches"),
-    ("--augment", yes_no, True, "yes or no: random shifts of training images"),
-    ("--ancestry", str, "", "ancestry checkpoint (default: ancestry.pt in --output, made when missing)"),
+    ("--augment", yes_no, True, "yes or no: training images are varied at random"),
+    ("--recipe", ["shift", "decathlon"], ("shift", "decathlon"), f"how they are varied; {CODE}: crops, flips, colours, noise"),
+    ("--ancestry", str, "", "checkpoint of this code, or pretrained ViT of timm, DeiT, torchvision or Hugging Face (default: ancestry.pt in "
+     "--output, made when missing)"),
     ("--source", ["tune", "pretrain"], "tune", "hypernetwork that train predicts from; LoGAH in Table 5: pretrain"),
     ("--tal-dir", str, "runs/tal", "run directory whose TAL customize uses"),
     ("--ancestry-width", positive, (64, 768), "t of Eq. (2), d' of Eq. (4); paper: ViT-Base"),
@@ -806,7 +826,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
 def identity(stage, args):
     """What a checkpoint of the hypernetwork must agree on to be resumed: all that its training depends on."""
     keys = ["method", "seed", "task_info", "alpha", "batch_size", "lr", "lr_basis", "weight_decay", "warmup", "clip", "predparam",
-            "temperature", "meta_batch", "arch_per_process", "archs", "hid", "layers", "hyper_heads", "max_distance", "rank", "mlp",
+            "temperature", "meta_batch", "arch_per_process", "archs", "base_task", "recipe", "hid", "layers", "hyper_heads", "max_distance", "rank", "mlp",
             "max_channels", "max_kernel", "max_classes", "normalise", "image_size", "patch", "pool", "augment", "ancestry_width", "amp"]
     if stage == "tune":
         keys += ["task_temperature", "tasks_per_step", "tune_tasks"]
@@ -823,8 +843,9 @@ def settings(argv=None):
     if args.method == "random" and args.stage != "train":
         fail("--method random is for --stage train; the other stages predict parameters")
     if args.epochs:
-        if args.stage not in ("ancestry", "pretrain", "tune", "train") or args.train_images:
-            fail("--epochs is for the stages ancestry, pretrain, tune, and train without --train-images; say --tune-epochs or the like")
+        if args.stage not in ("ancestry", "pretrain", "tune", "train", "customize") or args.train_images:
+            fail("--epochs is for the stages ancestry, pretrain, tune, customize, and train without --train-images; say --tune-epochs or the "
+                 "like")
         setattr(args, f"{args.stage}_epochs", args.epochs)
     if args.data and args.stage in ("ancestry", "pretrain"):
         fail(f"--stage {args.stage} has tasks of its own; --data is for tune, evaluate, train and customize")
@@ -843,8 +864,12 @@ def settings(argv=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def load_tasks(names, args, machine):
+    memory = 0 if args.augment and args.recipe != "shift" else data.MEMORY          # recipes are work for processes of their own
     with rank_zero_first(machine):
-        tasks = data.load_many(list(names), args.data_dir, args.image_size, workers=args.workers)
+        tasks = data.load_many(list(names), args.data_dir, args.image_size, workers=args.workers, memory=memory)
+    for name, task in tasks.items():
+        if task.segmentation:
+            fail(f"{name} has a class for every pixel, but these networks give one to an image; choose another task")
     return {name: task.to(machine.device) for name, task in tasks.items()}
 
 
@@ -865,7 +890,7 @@ def train_ancestry(run, args, machine):
                    save_every=args.save_every, log_every=args.log_every)
     for step in job.steps():
         ((task, visit),) = schedule[step]
-        x, y = tasks[task].batch("train", visit, args.batch_size, args.seed, args.augment, machine.rank, machine.world)
+        x, y = tasks[task].batch("train", visit, args.batch_size, args.seed, args.augment and args.recipe, machine.rank, machine.world)
         with machine.autocast():
             logits = ancestry.heads[tasks[task].name](ancestry(x))
         job.update(loss_cls(y, logits.float()))
@@ -874,9 +899,24 @@ def train_ancestry(run, args, machine):
     return ancestry
 
 
+def pretrained_ancestry(path, args, run):
+    """A ViT of any of the sources that load_pretrained knows; its width becomes --ancestry-width. Its head gives TAL+ soft labels
+    for the task imagenet, as published heads of 1,000 classes are in the order of ImageNet's folders."""
+    net, report = load_pretrained(path, image_size=args.image_size, say=run.print)
+    args.ancestry_width = net.config.width
+    classes = {"imagenet": net.config.num_classes} if report["head"] == "kept" else {}
+    ancestry = Ancestry(net.config, classes, report["mean"], report["std"])
+    ancestry.encoder.load_state_dict({n: p for n, p in net.state_dict().items() if not n.startswith("head.")})
+    for head in ancestry.heads.values():
+        head.load_state_dict(net.head.state_dict())
+    return ancestry
+
+
 def get_ancestry(args, run, machine):
     """The ancestry model, frozen: --ancestry, else the run's own, trained first where there is none or half of one."""
     path = Path(args.ancestry) if args.ancestry else run["ancestry"]
+    if args.ancestry and not read_weights(path)[1]["own"]:
+        return pretrained_ancestry(path, args, run).to(machine.device).eval().requires_grad_(False)
     saved = load_checkpoint(path, stage="ancestry") if args.ancestry or path.exists() else {"step": 0, "steps": 1}
     if saved["step"] < saved["steps"] or args.stage == "ancestry":
         if not args.ancestry_epochs or args.ancestry:
@@ -884,7 +924,8 @@ def get_ancestry(args, run, machine):
         ancestry = train_ancestry(run, args, machine)
     else:
         config = ViTConfig(**saved["extra"]["config"])
-        if (config.width, config.image_size) != (args.ancestry_width, args.image_size):
+        sizes = config.width, config.image_size if args.stage != "customize" else args.image_size    # which may ask for another
+        if sizes != (args.ancestry_width, args.image_size):
             fail(f"the ancestry in {path} has width {config.width} for {config.image_size} px; say --ancestry-width {config.width} "
                  f"--image-size {config.image_size}, or give another --ancestry")
         ancestry = Ancestry(config, saved["extra"]["classes"]).to(machine.device)
@@ -906,14 +947,17 @@ def get_hypernet(stage, args, run, machine, to_tune=False):
         if saved["step"] == saved["steps"]:
             hypernet = build_hypernet(argparse.Namespace(**saved["config"])).to(machine.device)
             load_weights(hypernet, saved["model"], run[stage])
-            args.archs = saved["config"]["archs"]
+            args.archs, args.ancestry_width = saved["config"]["archs"], saved["config"]["ancestry_width"]
+            args.trained = {key: saved["config"][key] for key in ("image_size", "patch", "pool")}
+            if not args.ancestry and not run["ancestry"].exists():
+                args.ancestry = saved["config"]["ancestry"]
             embeddings = {n: I.to(machine.device) for n, I in saved["extra"]["embeddings"].items()}
             return hypernet, get_ancestry(args, run, machine) if args.task_info else None, embeddings
     ancestry = get_ancestry(args, run, machine) if args.alpha or args.tune_alpha or args.task_info else None
     if stage == "pretrain":
         torch.manual_seed(args.seed)
         hypernet, alpha, epochs, embeddings = build_hypernet(args).to(machine.device), args.alpha, args.pretrain_epochs, {}
-        tasks = load_tasks([data.BASE], args, machine)
+        tasks = load_tasks([args.base_task], args, machine)
     else:
         hypernet = get_hypernet("pretrain", args, run, machine, to_tune=True)[0]
         tasks, alpha, epochs = load_tasks(args.tune_tasks.split(","), args, machine), args.tune_alpha, args.tune_epochs
@@ -928,7 +972,9 @@ def finished_hypernet(stage, args, run, machine):
     """get_hypernet's three, the hypernetwork made ready, in place, for sizes that it was not trained on (D19)."""
     hypernet, ancestry, embeddings = get_hypernet(stage, args, run, machine)
     if isinstance(hypernet.decoder, LowRankDecoder):
-        shapes = {dataclasses.replace(c, depth=1) for c in architectures(args.archs, args.image_size, args.patch, args.pool)}
+        trained = getattr(args, "trained", vars(args))
+        shapes = {dataclasses.replace(c, depth=1)
+                  for c in architectures(args.archs, trained["image_size"], trained["patch"], trained["pool"])}
         hypernet.decoder.quiet_untrained_rows(group for config in shapes for group in
                                               encoded(config, machine.device)[1].groups(hypernet.decoder.classes))
     return hypernet, ancestry, embeddings
@@ -986,6 +1032,20 @@ def training_steps(task, args, machine):
     return math.ceil(images / args.batch_size)
 
 
+def train_on(run, args, machine, stage, net, task, steps, config, **same):
+    """Trains a network on a task, in place. A run goes on where its checkpoint stands, if that agrees on `same` and all settings."""
+    keys = ("method", "seed", "batch_size", "train_lr", "source", "fresh_head", "task_info", "no_ancestry", "weight_decay", "warmup",
+            "clip", "augment", "recipe", "amp")
+    job = Training(run, stage, net, parameter_groups(net, args.train_lr, args.weight_decay), steps, warmup=round(args.warmup * steps),
+                   clip=args.clip, identity={**{k: getattr(args, k) for k in keys}, **dataclasses.asdict(config), **same},
+                   batch_size=args.batch_size, save_every=args.save_every, log_every=args.log_every)
+    for step in job.steps():
+        x, y = task.batch("train", step, args.batch_size, args.seed, args.augment and args.recipe, machine.rank, machine.world)
+        with machine.autocast():
+            logits = net(x)
+        job.update(loss_cls(y, logits.float()))
+
+
 def train(run, args, machine):
     """Further training from predicted parameters, or from random ones (Tables 1, 3 and 5; Table 5's tasks are unseen)."""
     config = asked_architecture(args)
@@ -1002,17 +1062,7 @@ def train(run, args, machine):
                 net.load_state_dict(head, strict=False)
         before = accuracy(net, task, args.split, machine.device)
         steps = training_steps(task, args, machine)
-        keys = ("method", "seed", "batch_size", "train_lr", "source", "fresh_head", "task_info", "no_ancestry", "weight_decay", "warmup",
-                "clip", "augment", "amp")
-        stage = f"train-{task.name.strip('/').replace('/', '_')}-{name}-{steps}"
-        job = Training(run, stage, net, parameter_groups(net, args.train_lr, args.weight_decay), steps, warmup=round(args.warmup * steps),
-                       clip=args.clip, identity={**{k: getattr(args, k) for k in keys}, **dataclasses.asdict(config)},
-                       batch_size=args.batch_size, save_every=args.save_every, log_every=args.log_every)
-        for step in job.steps():
-            x, y = task.batch("train", step, args.batch_size, args.seed, args.augment, machine.rank, machine.world)
-            with machine.autocast():
-                logits = net(x)
-            job.update(loss_cls(y, logits.float()))
+        train_on(run, args, machine, f"train-{task.name.strip('/').replace('/', '_')}-{name}-{steps}", net, task, steps, config)
         after = accuracy(net, task, args.split, machine.device)
         images = args.train_images or steps * args.batch_size
         run.print(f"{name} on {task.name}, {args.method}: {before:.2f} untrained, {after:.2f} after {images} images ({args.split})")
@@ -1020,24 +1070,54 @@ def train(run, args, machine):
                 split=args.split, untrained=before, trained=after)
 
 
+def small_settings(args):
+    """Settings under which customize makes TAL where there is none: the drawn preset's, at a size that a CPU can train."""
+    small = vars(args) if args.preset == "drawn" else {**vars(settings(["--method", args.method])), **{k: getattr(args, k) for k in (
+        "stage", "data_dir", "device", "workers", "seed", "amp")}}
+    return argparse.Namespace(**{**small, **({"image_size": 32, "patch": 8} if small["image_size"] > 64 else {})})
+
+
 def customize_stage(args, machine):
-    """Writes the state_dict of an initialised network of any size for a task or a folder of images."""
+    """Writes an initialised network of any size for a task or a folder of images, for timm or torchvision, and its card."""
     path = Path(args.output)
-    if path.is_dir() or path.suffix not in (".pt", ".pth"):
-        fail(f"for --stage customize, --output names the file to write, ending in .pt or .pth, not {args.output}")
+    if path.is_dir() or path.suffix not in (".pt", ".pth", ".safetensors"):
+        fail(f"for --stage customize, --output names the file to write, ending in .pt, .pth or .safetensors, not {args.output}")
     if len(args.tasks) != 1:
         fail("--stage customize takes one task: --data NAME, or --data FOLDER with one sub-folder of images per class")
+    if args.format == "torchvision" and args.pool == "avg":
+        fail("torchvision's ViT takes no mean over patches; say --pool token, or --format timm")
     config = asked_architecture(args)
     run = Run(args.tal_dir, vars(args), machine)
     (task,) = load_tasks(args.tasks, args, machine).values()
+    if not run["tune"].exists():
+        small = small_settings(args)
+        run.print(f"there is no tuned TAL in {args.tal_dir}, so one is made there now, once, for drawn images of {small.image_size} px: an "
+                  f"ancestry, pretraining, tuning on {small.tune_tasks.count(',') + 1} tasks; some ten minutes on a CPU. Networks for "
+                  "photographs want one tuned under --preset paper")
+        get_hypernet("tune", small, Run(args.tal_dir, vars(small), machine), machine)
     hypernet, ancestry, embeddings = finished_hypernet("tune", args, run, machine)
-    net = customize(hypernet, config, embedding(task, args, ancestry, embeddings, machine), task.num_classes)
-    score = accuracy(net, task, "val", machine.device)
+    known = min(task.num_classes, hypernet.decoder.classes)
+    net = customize(hypernet, config, embedding(task, args, ancestry, embeddings, machine), known)
+    if known < task.num_classes:
+        run.print(f"this TAL predicts heads of at most {known} classes; for {task.num_classes} the head starts at random")
+        torch.manual_seed(args.seed)
+        head = ViT(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
+        head.load_state_dict({n: p for n, p in net.state_dict().items() if not n.startswith("head.")}, strict=False)
+        net = head
+    about = {"task": task.name, "method": args.method, "hypernet": hashlib.sha256(run["tune"].read_bytes()).hexdigest(), "seed": args.seed,
+             "mean": task.mean, "std": task.std, "class_names": task.class_names, "chance": 100 / task.num_classes,
+             "untrained": accuracy(net, task, "val", machine.device), "epochs": args.epochs}
     run.print(f"{args.depth} layers, width {config.width}, {sum(p.numel() for p in net.parameters()):,} parameters, {task.num_classes} "
-              f"classes: {score:.2f} % untrained on val, chance {100 / task.num_classes:.2f} %")
+              f"classes: {about['untrained']:.2f} % untrained on val, chance {about['chance']:.2f} %")
+    if args.epochs:
+        steps, folder = math.ceil(args.epochs * len(task.labels["train"]) / args.batch_size), path.with_suffix("")
+        train_on(Run(folder, vars(args), machine), args, machine, "customize", net, task, steps, net.config, of=task.name,
+                 hypernet=about["hypernet"])
+        about["trained"] = accuracy(net, task, "val", machine.device)
+        run.print(f"{about['trained']:.2f} % on val after {args.epochs:g} epochs; log and checkpoint are in {folder}")
     if machine.rank == 0:
-        write_atomically(path, lambda p: torch.save({n: t.cpu() for n, t in net.state_dict().items()}, p))
-    run.print(f"wrote {path}")
+        export_weights(net.state_dict(), net.config, path, args.format, about)
+    run.print(f"wrote {path} for {args.format}, and what it is to {path.with_suffix('.json')}")
 
 
 def plot(run, args, machine):
@@ -1080,7 +1160,7 @@ def main(argv=None):
     if args.stage == "ancestry":
         get_ancestry(args, run, machine)
     elif args.stage == "pretrain":
-        evaluate(run, args, machine, *finished_hypernet("pretrain", args, run, machine), load_tasks([data.BASE], args, machine))
+        evaluate(run, args, machine, *finished_hypernet("pretrain", args, run, machine), load_tasks([args.base_task], args, machine))
     elif args.stage in ("tune", "evaluate"):
         parts = finished_hypernet("tune", args, run, machine)
         evaluate(run, args, machine, *parts, load_tasks(args.tasks or args.tune_tasks.split(","), args, machine))

@@ -29,6 +29,7 @@ import common
 import data
 import tal
 from common import ViT, ViTConfig
+from conftest import TINY
 from tal import OPS, Group, Hypernet, encode_graph
 from test_common import assert_same_run, log_of, refuses, snapshot
 
@@ -726,27 +727,6 @@ def test_sizes_of_tables_1_and_2():
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs: the stages, end to end
 # ----------------------------------------------------------------------------------------------------------------------
-
-TINY = ("--patch 16 --hid 32 --layers 1 --hyper-heads 4 --rank 4 --mlp 32,48 --ancestry-width 16 --ancestry-depth 1 --batch-size 200 "
-        "--ancestry-epochs 0.005 --pretrain-epochs 0.03 --tune-epochs 0.08 --train-epochs 0.1 --tune-tasks pedestrian,digits "
-        "--split val --log-every 1 --save-every 2 --device cpu").split()
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory):
-    """One cache of drawn data for all runs of a session."""
-    folder = tmp_path_factory.mktemp("data")
-    data.load_many([data.BASE, *data.DECATHLON, "clothing"], str(folder), 32)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tuned(drawn, tmp_path_factory):
-    """A run directory with ancestry.pt, pretrain.pt and tune.pt."""
-    folder = tmp_path_factory.mktemp("tuned")
-    tal.main([*TINY, "--stage", "tune", "--data-dir", str(drawn), "--output", str(folder)])
-    return folder
-
 
 def steps_of(folder, stage):
     return [r["step"] for r in log_of(folder, stage) if "step" in r]
