@@ -969,8 +969,16 @@ def make_task(name, class_names, images, labels):
 # ---------------------------------------------------------------------------------------------------------------
 # Folders of images
 # ---------------------------------------------------------------------------------------------------------------
-HELD_OUT = 0.2                      # of every class, where a folder has no val/
+# Found is what a reader makes of a folder: class names and {split: [(path or array, label)]}, a label being a number or the
+# path of a mask. `listed`: the paths come from a list and may be missing on disk.
+Found = collections.namedtuple("Found", "class_names files official listed missing", defaults=({}, False, ()))
+HELD_OUT = 0.2                      # of every class, where there is no val
+BAD_SHARE = 0.001                   # of the images of a split may be unreadable or missing
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def hashed(text):
+    return hashlib.sha256(str(text).encode()).digest()
 
 
 def list_folder(root):
@@ -988,26 +996,56 @@ def list_folder(root):
     return classes, files
 
 
-def hold_out(root, files):
-    """Split [(path, label)] into train and val: per class the 20 % whose names hash lowest, the same on every run."""
-    train, val = [], []
-    for label in sorted({label for _, label in files}):
-        mine = sorted((f for f in files if f[1] == label),
-                      key=lambda f: hashlib.sha256(os.path.relpath(f[0], root).encode()).digest())
-        if len(mine) < 2:
-            fail(f"{os.path.dirname(mine[0][0])} holds a single image; without a val/ folder a class needs at least 2")
-        count = max(1, round(HELD_OUT * len(mine)))
-        val, train = val + mine[:count], train + mine[count:]
-    return train, val
+def hold_out(files, groups):
+    """files as train and val that share no group: of every class, the groups whose names hash lowest, up to a fifth, are val."""
+    size, label_of, val = collections.Counter(groups), dict(zip(groups, (label for _, label in files))), set()
+    wanted = {k: max(1, round(HELD_OUT * n)) for k, n in collections.Counter(label for _, label in files).items()}
+    for group in sorted(size, key=hashed):
+        if wanted[label_of[group]] > 0:
+            val.add(group)
+            wanted[label_of[group]] -= size[group]
+    return {split: [file for file, g in zip(files, groups) if (g in val) == (split == "val")] for split in ("train", "val")}
 
 
-def open_image(source):
-    """uint8 [3, H, W] of an image file, or of an array [H, W] or [3, H, W]."""
-    from torchvision.datasets.folder import pil_loader
+def read_folder(root, as_is=False):
+    """Found of class folders, either at the top or inside train/, val/ and test/ (as_is: the splits that are there)."""
+    if not os.path.isdir(root):
+        fail(f"no task or folder {root!r}: give one of {', '.join(DRAWN)}, a real dataset ({', '.join(REAL)}), a folder with one "
+             "sub-folder of images per class (or train/, val/ and test/ folders that hold these), or a part as in signs:0-15 or wide/10#3")
+    top = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
+    classes, train = list_folder(top)
+    files = {"train": train}
+    for split in ("val", "test"):
+        folder = os.path.join(root, split)
+        if top != root and os.path.isdir(folder):
+            names, files[split] = list_folder(folder)
+            if names != classes:
+                odd = sorted(set(names) ^ set(classes))
+                fail(f"{top} and {folder} must have the same class folders; only one of them has {', '.join(odd[:5])}")
+    if as_is:
+        return Found(classes, files)
+    if "val" not in files:
+        print(f"{root}: no val folder, so {HELD_OUT:.0%} of each class of the training images is held out as val")
+        counts = collections.Counter(label for _, label in train)
+        lonely = next((path for path, label in train if counts[label] == 1), None)
+        if lonely:
+            fail(f"{os.path.dirname(lonely)} holds a single image; without a val/ folder a class needs at least 2")
+        files |= hold_out(train, [os.path.relpath(path, top) for path, _ in train])
+    if "test" not in files:
+        print(f"{root}: no test folder, so test is the same as val")
+        files["test"] = files["val"]
+    files["train"].sort(key=lambda file: hashed(os.path.relpath(file[0], root)))       # any first n are a fair sample
+    return Found(classes, files)
+
+
+def open_image(source, mask=False):
+    """uint8 [3, H, W] of an image file, or of an array [H, W] or [3, H, W]; of a mask [1, H, W], in whose file 0 is "none"."""
+    from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
     if isinstance(source, np.ndarray):
         return torch.from_numpy(np.array(source)).expand(3, -1, -1)
-    return pil_to_tensor(pil_loader(source))
+    with Image.open(source) as image:                       # bytes wrap around: 0 - 1 = 255 = IGNORED
+        return pil_to_tensor(image)[:1] - 1 if mask else pil_to_tensor(image.convert("RGB"))
 
 
 class ImageFiles(torch.utils.data.Dataset):
@@ -1030,7 +1068,7 @@ class ImageFiles(torch.utils.data.Dataset):
         source, label = self.sources[row], self.labels[row]
         try:
             image = (transform or self.still)(open_image(source))
-            return torch.cat([image, self.still_mask(open_mask(label))]) if isinstance(label, str) else image
+            return torch.cat([image, self.still_mask(open_image(label, mask=True))]) if isinstance(label, str) else image
         except (OSError, ValueError, SyntaxError):          # what PIL raises for broken files
             return os.fsdecode(source)
 
@@ -1041,21 +1079,15 @@ class ImageFiles(torch.utils.data.Dataset):
         """
         images, bad = torch.zeros(len(keys), *self.shape[1:], dtype=torch.uint8), []
         for out, (row, augment, stream) in zip(images, keys):
+            same = np.flatnonzero(self.labels == self.labels[row])
             with seeded(*stream) if augment else contextlib.nullcontext():
-                transform = recipe(augment, self.shape[-1], self.name) if augment else None
-                image = self.__getitem__(row, transform)
-                if isinstance(image, str):
-                    same = np.flatnonzero(self.labels == self.labels[row])
-                    for other in np.roll(same, -np.searchsorted(same, row) - 1):
-                        bad.append(image)
-                        if not isinstance(image := self.__getitem__(other, transform), str):
-                            break
-            if not isinstance(image, str):
-                out.copy_(image)
+                for other in np.roll(same, -np.searchsorted(same, row)):
+                    image = self.__getitem__(other, augment and recipe(augment, self.shape[-1], self.name))
+                    if torch.is_tensor(image):
+                        out.copy_(image)
+                        break
+                    bad.append(image)
         return images, bad
-
-
-BAD_SHARE = 0.001                   # of the images of a split may be unreadable or missing
 
 
 def report_bad(bad, total):
@@ -1069,62 +1101,25 @@ def report_bad(bad, total):
 
 def read_images(files, size, workers, name=""):
     """The readable ones of files [(source, label)]: images uint8 [n, 3, size, size]; labels int64 [n] or masks."""
-    dataset = ImageFiles(files, size, name)
-    images = torch.empty(dataset.shape, dtype=torch.uint8)
-    masks = torch.empty(len(files), size, size, dtype=torch.uint8) if isinstance(files[0][1], str) else None
+    dataset, masks = ImageFiles(files, size, name), isinstance(files[0][1], str)
     workers = workers if len(files) > 500 else 0            # starting them would take longer than reading
-    kept, bad = [], []
-    for row, image in enumerate(tqdm(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers),
-                                     "reading images", leave=False, disable=None)):
+    reader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
+    images, kept, bad = torch.empty(len(files), 3 + masks, size, size, dtype=torch.uint8), [], []
+    for row, image in enumerate(tqdm(reader, "reading images", leave=False, disable=None)):
         if isinstance(image, str):
             bad.append(image)
-            continue
-        images[len(kept)] = image[:3]
-        if masks is not None:
-            masks[len(kept)] = image[3]
-        kept.append(row)
+        else:
+            images[len(kept)] = image
+            kept.append(row)
     report_bad(bad, len(files))
-    labels = torch.from_numpy(dataset.labels[kept]) if masks is None else masks[:len(kept)]
-    return images[:len(kept)], labels
-
-
-def read_folder(root, as_is=False):
-    """What a folder of images holds: class folders, either at the top or inside train/, val/ and test/ (as_is: no more)."""
-    if not os.path.isdir(root):
-        fail(f"no task or folder {root!r}: give one of {', '.join(DRAWN)}, a real dataset ({', '.join(REAL)}), a folder with one "
-             "sub-folder of images per class (or train/, val/ and test/ folders that hold these), or a part as in signs:0-15 or wide/10#3")
-    top = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
-    classes, train = list_folder(top)
-    files = {}
-    for split in ("val", "test"):
-        folder = os.path.join(root, split)
-        if top != root and os.path.isdir(folder):
-            names, files[split] = list_folder(folder)
-            if names != classes:
-                odd = sorted(set(names) ^ set(classes))
-                fail(f"{top} and {folder} must have the same class folders; only one of them has {', '.join(odd[:5])}")
-    if as_is:
-        return Found(classes, {"train": train, **files})
-    if "val" not in files:
-        print(f"{root}: no val folder, so {HELD_OUT:.0%} of each class of the training images is held out as val")
-        train, files["val"] = hold_out(top, train)
-    if "test" not in files:
-        print(f"{root}: no test folder, so test is the same as val")
-        files["test"] = files["val"]
-    mixed = lambda file: hashlib.sha256(os.path.relpath(file[0], root).encode()).digest()
-    files["train"] = sorted(train, key=mixed)               # any first n of them are a fair sample of the classes
-    return Found(classes, files)
+    images = images[:len(kept)]
+    return images[:, :3], images[:, 3] if masks else torch.from_numpy(dataset.labels[kept])
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Real datasets: where the files lie, which label is whose, how many there should be
 # ---------------------------------------------------------------------------------------------------------------
-# A reader turns a folder into Found: class names and {split: [(path or array, label)]}, a label being a number or the
-# path of a mask. `listed` says that the paths come from a list and may be missing on disk.
-
-Found = collections.namedtuple("Found", "class_names files official listed missing", defaults=({}, False, ()))
 Real = collections.namedtuple("Real", "read official get")          # official: counts of a whole set; get: what to unpack
-
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DOMAINS = {                         # Visual Decathlon: classes, train, val, test, and mean and std of R, G, B
     "aircraft": (100, 3334, 3333, 3333, (0.4798, 0.5107, 0.5344), (0.2107, 0.2051, 0.2373)),
@@ -1146,26 +1141,13 @@ FER = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")      #
 MEMORY, MASKS_MEMORY = 12, 32       # GiB that images may take; masks are cropped along with their images, in memory only
 
 
-def locate(name, data_dir, marks, places=()):
+def locate(name, data_dir, marks, *places):
     """The first of data_dir's sub-folders `places`, or data_dir itself, that holds one of the paths `marks`."""
     for place, mark in itertools.product((*places, ""), marks):
         if os.path.exists(os.path.join(data_dir, place, mark)):
             return os.path.normpath(os.path.join(data_dir, place))
     where = data_dir + (f" or its folders {', '.join(places)}" if places else "")
     fail(f"{name}: there is no {' or '.join(marks)} in {where}; needed: {REAL[name].get}")
-
-
-def read_coco(path):
-    """Class names and [(file name, label)] of a COCO-style JSON file; a label is the class's position in `categories`."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        place = {category["id"]: k for k, category in enumerate(content["categories"])}
-        label = {a["image_id"]: place[a["category_id"]] for a in content.get("annotations") or []}
-        files = [(image["file_name"], label[image["id"]]) for image in content["images"] if image["id"] in label]
-        return [str(category["name"]) for category in content["categories"]], files
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path} is not an annotation file in COCO's format ({type(error).__name__}: {error})")
 
 
 def resolve(files, *spellings):
@@ -1175,14 +1157,27 @@ def resolve(files, *spellings):
     return [(os.path.normpath(spelling(name)), label) for name, label in files]
 
 
-def read_lists(paths, *spellings):
-    """Found of {split: COCO file}, all with the same categories; a file without annotations is no split."""
-    lists = {split: read_coco(path) for split, path in paths.items() if os.path.exists(path)}
-    for split, (classes, _) in lists.items():
-        if classes != lists["train"][0]:
-            fail(f"{paths['train']} and {paths[split]} list different categories, so their labels do not mean the same")
-    files = {split: resolve(listed, *spellings) for split, (_, listed) in lists.items() if listed}
-    return Found(lists["train"][0], files, listed=True)
+def read_coco(paths, *spellings):
+    """Found of {split: COCO-style JSON file}, all with the same categories: a label is a place in that list. A file without
+    annotations is no split."""
+    names, files = {}, {}
+    for split, path in paths.items():
+        if not os.path.exists(path):
+            continue
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+            place = {category["id"]: k for k, category in enumerate(content["categories"])}
+            label = {a["image_id"]: place[a["category_id"]] for a in content.get("annotations") or []}
+            listed = [(image["file_name"], label[image["id"]]) for image in content["images"] if image["id"] in label]
+            names[split] = [str(category["name"]) for category in content["categories"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"{path} is not an annotation file in COCO's format ({type(error).__name__}: {error})")
+        if names[split] != names["train"]:
+            fail(f"{paths['train']} and {path} list different categories, so their labels do not mean the same")
+        if listed:
+            files[split] = resolve(listed, *spellings)
+    return Found(names["train"], files, listed=True)
 
 
 def read_decathlon(name, data_dir):
@@ -1192,24 +1187,24 @@ def read_decathlon(name, data_dir):
     TAL's tables are fractions of the val counts: val is what to compare with.
     """
     domain, join = name.split("/")[1], os.path.join
-    base = locate(name, data_dir, [f"annotations/{domain}_train.json"], ["decathlon-1.0", "decathlon", ".."])
+    base = locate(name, data_dir, [f"annotations/{domain}_train.json"], "decathlon-1.0", "decathlon", "..")
     bare = lambda file: file.removeprefix("data/")
     short = lambda file: bare(file).replace("imagenet12/", "imagenet/", 1)          # as in copies made for TAL's code
     paths = {split: join(base, "annotations", f"{domain}_{split}.json") for split in SPLITS}
-    return read_lists(paths, *(lambda file, top=top, spelt=spelt: join(top, spelt(file)) for spelt in (str, bare, short)
-                               for top in (base, data_dir, join(base, "data"))))
+    return read_coco(paths, *(lambda file, top=top, spelt=spelt: join(top, spelt(file)) for spelt in (str, bare, short)
+                              for top in (base, data_dir, join(base, "data"))))
 
 
 def read_inaturalist(name, data_dir):
-    base = locate(name, data_dir, ["train2019.json"], ["inaturalist2019", "iNaturalist2019", "inat2019"])
+    base = locate(name, data_dir, ["train2019.json"], "inaturalist2019", "iNaturalist2019", "inat2019")
     path = lambda *parts: os.path.join(base, *parts)
-    return read_lists({"train": path("train2019.json"), "val": path("val2019.json")}, path,
-                      lambda file: path(*file.split("/")[:1], *file.split("/")[2:]),          # as DeiT's code has it
-                      lambda file: path("2019", *file.split("/")[1:]))                        # torchvision's
+    return read_coco({"train": path("train2019.json"), "val": path("val2019.json")}, path,
+                     lambda file: path(*file.split("/")[:1], *file.split("/")[2:]),           # as DeiT's code has it
+                     lambda file: path("2019", *file.split("/")[1:]))                         # torchvision's
 
 
 def read_imagenet(name, data_dir):
-    base = locate(name, data_dir, ["train"], ["imagenet", "ImageNet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"])
+    base = locate(name, data_dir, ["train"], "imagenet", "ImageNet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
     val = os.path.join(base, "val")
     if os.path.isdir(val) and not any(entry.is_dir() for entry in os.scandir(val)):
         fail(f"{val} is flat: its images must be moved into one folder per class, named as in train/ (n01440764, ...); the "
@@ -1217,71 +1212,53 @@ def read_imagenet(name, data_dir):
     return read_folder(base, as_is=True)
 
 
-def torchvision_reader(name, make, **splits):
-    """{split: [(path, label)]} and the training set of torchvision's own reader; make(argument) for each split's argument."""
+TRAIN_TEST = {"train": "train", "test": "test"}
+TORCHVISION = {                     # torchvision's reader, what marks its folder, what it calls the splits
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", {"train": True, "test": False}),
+    "cifar100": ("CIFAR100", "cifar-100-python", {"train": True, "test": False}),
+    "food101": ("Food101", "food-101/meta/train.json", TRAIN_TEST),
+    "cars": ("StanfordCars", "stanford_cars/devkit", TRAIN_TEST),
+    "flowers102": ("Flowers102", "flowers-102/setid.mat", {s: s for s in SPLITS}),
+}
+
+
+def read_torchvision(name, data_dir):
+    """As torchvision's own reader has it, which checks md5 sums where files are pickles (CIFAR).
+
+    cars: many copies were sorted into class folders instead, or have each folder in another of its name. flowers102-trainval
+    joins train and val, the 2,040 images on which DeiT's transfer results train.
+    """
+    from torchvision import datasets
+    short = name.removesuffix("-trainval")
+    reader, mark, splits = TORCHVISION[short]
+    sorted_cars = ["stanford_cars/train"] if short == "cars" else []
+    base = locate(name, data_dir, [mark, *sorted_cars], short)
+    if not os.path.exists(os.path.join(base, mark)):
+        return read_folder(os.path.join(base, "stanford_cars"), as_is=True)
+    if short in ("cars", "flowers102"):
+        try:
+            import scipy.io                                                            # noqa: F401
+        except ImportError:
+            fail(f"{name} lists its images in MATLAB files, which are read with scipy: pip install scipy")
+    arrays = short.startswith("cifar")
     try:
-        sets = {split: make(argument) for split, argument in splits.items()}
-        return {split: [(str(s[i][0]), int(s[i][1])) for i in range(len(s))] for split, s in sets.items()}, sets["train"]
+        sets = {s: getattr(datasets, reader)(base, given, **({} if arrays else {"loader": str})) for s, given in splits.items()}
+        files = {split: list(zip(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2)), s.targets)) if arrays else
+                 [(path, int(label)) for path, label in (s[i] for i in range(len(s)))] for split, s in sets.items()}
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        fail(f"{name}: torchvision's reader says: {str(error).splitlines()[0]}; needed: {REAL[name].get}")
-
-
-def need_scipy(name):
-    try:
-        import scipy.io                                                                # noqa: F401
-    except ImportError:
-        fail(f"{name} lists its images in MATLAB files, which are read with scipy: pip install scipy")
-
-
-def read_cifar(name, data_dir):
-    from torchvision import datasets                # checks md5 sums, as it should: these files are pickles
-    reader, folder = {"cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
-                      "cifar100": (datasets.CIFAR100, "cifar-100-python")}[name]
-    base = locate(name, data_dir, [folder], [name])
-    try:
-        sets = {"train": reader(base, train=True), "test": reader(base, train=False)}
-    except RuntimeError as error:
-        fail(f"{name}: torchvision's reader says of {os.path.join(base, folder)}: {error}")
-    files = {split: list(zip(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2)), s.targets)) for split, s in sets.items()}
-    return Found(sets["train"].classes, files)
-
-
-def read_food(name, data_dir):
-    from torchvision.datasets import Food101
-    base = locate(name, data_dir, ["food-101/meta/train.json"], [name])
-    files, train = torchvision_reader(name, lambda split: Food101(base, split, loader=str), train="train", test="test")
-    return Found(train.classes, files, listed=True)
-
-
-def read_cars(name, data_dir):
-    """The devkit's lists, or the class folders into which many copies were sorted."""
-    from torchvision.datasets import StanfordCars
-    base = locate(name, data_dir, ["stanford_cars/devkit", "stanford_cars/train"], ["cars"])
-    folder = os.path.join(base, "stanford_cars")
-    if not os.path.isdir(os.path.join(folder, "devkit")):
-        return read_folder(folder, as_is=True)
-    need_scipy(name)
-    files, train = torchvision_reader(name, lambda split: StanfordCars(base, split, loader=str), train="train", test="test")
-    nested = lambda path: os.path.join(os.path.dirname(path), os.path.basename(os.path.dirname(path)), os.path.basename(path))
-    return Found(list(train.classes), {split: resolve(f, str, nested) for split, f in files.items()}, listed=True)
-
-
-def read_flowers(name, data_dir):
-    """The official splits; -trainval joins train and val, the 2,040 images on which DeiT's transfer results train."""
-    from torchvision.datasets import Flowers102
-    base = locate(name, data_dir, ["flowers-102/setid.mat"], ["flowers102"])
-    need_scipy(name)
-    files, train = torchvision_reader(name, lambda split: Flowers102(base, split, loader=str), **{s: s for s in SPLITS})
-    if name.endswith("trainval"):
+        fail(f"{name}: torchvision's reader says of {base}: {str(error).splitlines()[0]}; needed: {REAL[name].get}")
+    if not arrays:
+        nested = lambda path: os.path.join(os.path.dirname(path), *path.split(os.sep)[-2:])
+        files = {split: resolve(f, str, nested) for split, f in files.items()}
+    if name != short:
         files = {"train": files["train"] + files["val"], "test": files["test"]}
-    return Found(list(train.classes), files, listed=True)
+    return Found(list(sets["train"].classes), files, listed=not arrays)
 
 
 def read_idx(path):
     """The uint8 array in an IDX file, packed or not; torchvision's reader takes only the latter."""
-    packed = not os.path.exists(path)
     try:
-        with gzip.open(path + ".gz") if packed else open(path, "rb") as file:
+        with open(path, "rb") if os.path.exists(path) else gzip.open(path + ".gz") as file:
             content = file.read()
         shape = np.frombuffer(content, ">u4", content[3], 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
@@ -1292,22 +1269,10 @@ def read_idx(path):
 def read_fashion(name, data_dir):
     from torchvision.datasets import FashionMNIST
     first = "train-images-idx3-ubyte"
-    base = locate(name, data_dir, [first, first + ".gz"], ["FashionMNIST/raw", "fashion-mnist", "fashion-mnist/data/fashion"])
+    base = locate(name, data_dir, [first, first + ".gz"], "FashionMNIST/raw", "fashion-mnist", "fashion-mnist/data/fashion")
     part = lambda stem: list(zip(read_idx(os.path.join(base, f"{stem}-images-idx3-ubyte")),
                                  read_idx(os.path.join(base, f"{stem}-labels-idx1-ubyte")).tolist()))
     return Found(FashionMNIST.classes, {"train": part("train"), "test": part("t10k")})
-
-
-def split_by(files, groups):
-    """files [(source, label)] as train and val that share no group: per class the groups whose names hash lowest are val."""
-    size, label_of = collections.Counter(groups), dict(zip(groups, (label for _, label in files)))
-    wanted = {k: round(HELD_OUT * n) for k, n in collections.Counter(label_of[g] for g in groups).items()}
-    val = set()
-    for group in sorted(size, key=lambda g: hashlib.sha256(g.encode()).digest()):
-        if wanted[label_of[group]] > 0:
-            val.add(group)
-            wanted[label_of[group]] -= size[group]
-    return {split: [file for file, g in zip(files, groups) if (g in val) == (split == "val")] for split in ("train", "val")}
 
 
 def read_table(path, *columns):
@@ -1329,8 +1294,8 @@ def read_faces(name, data_dir):
     Labels are numbered as in the CSV whatever the source; folders in alphabetical order would have neutral before sad.
     """
     tables = ["fer2013.csv", "icml_face_data.csv", "train.csv"]
-    base = locate(name, data_dir, [*tables, "train"], ["fer2013", "FER2013", "fer2013/fer2013"])
-    table = next((os.path.join(base, t) for t in tables if os.path.exists(os.path.join(base, t))), None)
+    base = locate(name, data_dir, [*tables, "train"], "fer2013", "FER2013", "fer2013/fer2013")
+    table = next((path for t in tables if os.path.exists(path := os.path.join(base, t))), None)
     if table is None:
         found = read_folder(base, as_is=True)
         number = [next((k for k, e in enumerate(FER) if e[:3] == c[:3].lower()), None) for c in found.class_names]
@@ -1345,7 +1310,7 @@ def read_faces(name, data_dir):
         fail(f"{table} has a row that is not 48 x 48 pixels and a label ({error})")
     if "Usage" not in rows[0]:
         print(f"{table} has no column Usage, so {HELD_OUT:.0%} of each class is held out as val")
-        return Found(FER, split_by(files, [str(k) for k in range(len(files))]), dict(classes=7, all=28709))
+        return Found(FER, hold_out(files, range(len(files))), dict(classes=7, all=28709))
     usage = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}
     return Found(FER, {s: [f for f, r in zip(files, rows) if r["Usage"] == u] for s, u in usage.items()})
 
@@ -1358,66 +1323,57 @@ def read_lesions(name, data_dir):
     9,387 and not of any count below 5,860, hence the guess that they come from such a split.
     """
     tables = ["HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab"]
-    base = locate(name, data_dir, tables, ["ham10000", "HAM10000"])
+    base = locate(name, data_dir, tables, "ham10000", "HAM10000")
     rows = read_table(next(p for t in tables if os.path.exists(p := os.path.join(base, t))), "lesion_id", "image_id", "dx")
     classes = sorted({row["dx"] for row in rows})
-    tops = [base] + [e.path for e in os.scandir(base) if e.is_dir() and e.name.lower().startswith(("ham10000", "images"))]
-    path = {os.path.splitext(f)[0]: os.path.join(folder, f) for top in reversed(tops)
-            for folder, _, names in ([(top, [], os.listdir(top))] if top == base else os.walk(top))
-            for f in sorted(names) if f.lower().endswith(".jpg")}
+    tops = [e.path for e in os.scandir(base) if e.is_dir() and e.name.lower().startswith(("ham10000", "images"))]
+    paths = [os.path.join(folder, f) for top in tops for folder, _, names in os.walk(top) for f in names]
+    path = {os.path.splitext(os.path.basename(p))[0]: p for p in [*sorted(paths), *(e.path for e in os.scandir(base))]
+            if p.lower().endswith(".jpg")}
     files = [(path.get(r["image_id"], os.path.join(base, r["image_id"] + ".jpg")), classes.index(r["dx"])) for r in rows]
     if not name.endswith("-leaky"):
-        return Found(classes, split_by(files, [row["lesion_id"] for row in rows]), listed=True)
+        return Found(classes, hold_out(files, [row["lesion_id"] for row in rows]), listed=True)
     mine = [[f for f in files if f[1] == k] for k in range(len(classes))]
     copies = [(f, n) for m in mine for n, f in zip(range(max(map(len, mine))), itertools.cycle(m))]
-    return Found(classes, split_by([f for f, _ in copies], [f"{os.path.basename(f[0])} {n}" for f, n in copies]), listed=True)
+    return Found(classes, hold_out([f for f, _ in copies], [f"{os.path.basename(f[0])} {n}" for f, n in copies]), listed=True)
 
 
 def read_ade20k(name, data_dir):
     """Scene parsing with 150 classes: the label of an image is the path of its mask."""
-    base = locate(name, data_dir, ["annotations/training"], ["ADEChallengeData2016", "ade20k/ADEChallengeData2016", "ade20k"])
+    base = locate(name, data_dir, ["annotations/training"], "ADEChallengeData2016", "ade20k/ADEChallengeData2016", "ade20k")
     files = {}
     for split, folder in (("train", "training"), ("val", "validation")):
-        path = lambda kind, stem, ending: os.path.join(base, kind, folder, stem + ending)
-        masks = path("annotations", "", "")
+        masks = os.path.join(base, "annotations", folder)
         stems = sorted(f[:-4] for f in os.listdir(masks) if f.endswith(".png")) if os.path.isdir(masks) else []
         if not stems:
             fail(f"{name}: {masks} holds no masks (.png); needed: {REAL[name].get}")
-        files[split] = [(path("images", stem, ".jpg"), path("annotations", stem, ".png")) for stem in stems]
+        files[split] = [(os.path.join(base, "images", folder, s + ".jpg"), os.path.join(masks, s + ".png")) for s in stems]
     rows = read_table(os.path.join(base, "objectInfo150.txt"), "Idx", "Name")
     return Found([row["Name"].split(",")[0] for row in rows], files, listed=True)
 
 
-def open_mask(path):
-    """uint8 [1, H, W] of class numbers from 0: in the files they start at 1 and 0 is "none", which becomes 255."""
-    from PIL import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
-    with Image.open(path) as mask:
-        return pil_to_tensor(mask)[:1] - 1                  # bytes wrap around: 0 - 1 = 255 = IGNORED
+def real(read, get, **official):
+    return Real(read, official, get)
 
 
-REAL = {f"decathlon/{domain}": Real(read_decathlon, dict(zip(("classes", *SPLITS), row)),
-        f"decathlon-1.0-devkit.tar.gz, and within its data/ the {domain}.tar of decathlon-1.0-data.tar.gz"
-        if domain != "imagenet12" else "decathlon-1.0-devkit.tar.gz, and beside it decathlon-1.0-data-imagenet.tar")
-        for domain, row in DOMAINS.items()} | {
-    "imagenet": Real(read_imagenet, dict(classes=1000, train=1281167, val=50000), "train/ and val/ with a folder per class"),
-    "cifar10": Real(read_cifar, dict(classes=10, train=50000, test=10000), "cifar-10-python.tar.gz, unpacked"),
-    "cifar100": Real(read_cifar, dict(classes=100, train=50000, test=10000), "cifar-100-python.tar.gz, unpacked"),
-    "food101": Real(read_food, dict(classes=101, train=75750, test=25250), "food-101.tar.gz, unpacked"),
-    "cars": Real(read_cars, dict(classes=196, train=8144, test=8041),
-                 "stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, or with train/ and "
-                 "test/ that hold a folder per class"),
-    "flowers102": Real(read_flowers, dict(classes=102, train=1020, val=1020, test=6149),
-                       "flowers-102/ with jpg/, imagelabels.mat and setid.mat"),
-    "flowers102-trainval": Real(read_flowers, dict(classes=102, train=2040, test=6149), "the files of flowers102"),
-    "inaturalist2019": Real(read_inaturalist, dict(classes=1010, train=265213, val=3030),
-                            "train2019.json, val2019.json and train_val2019/"),
-    "fashion-mnist": Real(read_fashion, dict(classes=10, train=60000, test=10000), "the four ...-ubyte or ...-ubyte.gz files"),
-    "fer2013": Real(read_faces, dict(classes=7, train=28709, val=3589, test=3589),
-                    "fer2013.csv, icml_face_data.csv or train.csv, or train/ and test/ with a folder per expression"),
-    "ham10000": Real(read_lesions, dict(classes=7, all=10015), "HAM10000_metadata.csv and the two folders of images"),
-    "ham10000-leaky": Real(read_lesions, dict(classes=7, all=46935, val=9387), "the files of ham10000"),
-    "ade20k": Real(read_ade20k, dict(classes=150, train=20210, val=2000), "ADEChallengeData2016.zip, unpacked"),
+REAL = {f"decathlon/{domain}": Real(read_decathlon, dict(zip(("classes", *SPLITS), row)), "decathlon-1.0-devkit.tar.gz, and " + (
+        f"within its data/ the {domain}.tar of decathlon-1.0-data.tar.gz" if domain != "imagenet12" else
+        "beside it decathlon-1.0-data-imagenet.tar")) for domain, row in DOMAINS.items()} | {
+    "imagenet": real(read_imagenet, "train/ and val/ with a folder per class", classes=1000, train=1281167, val=50000),
+    "cifar10": real(read_torchvision, "cifar-10-python.tar.gz, unpacked", classes=10, train=50000, test=10000),
+    "cifar100": real(read_torchvision, "cifar-100-python.tar.gz, unpacked", classes=100, train=50000, test=10000),
+    "food101": real(read_torchvision, "food-101.tar.gz, unpacked", classes=101, train=75750, test=25250),
+    "cars": real(read_torchvision, "stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, or with "
+                 "train/ and test/ that hold a folder per class", classes=196, train=8144, test=8041),
+    "flowers102": real(read_torchvision, "flowers-102/ with jpg/, imagelabels.mat and setid.mat", classes=102, train=1020, val=1020, test=6149),
+    "flowers102-trainval": real(read_torchvision, "the files of flowers102", classes=102, train=2040, test=6149),
+    "inaturalist2019": real(read_inaturalist, "train2019.json, val2019.json and train_val2019/", classes=1010, train=265213, val=3030),
+    "fashion-mnist": real(read_fashion, "the four ...-ubyte or ...-ubyte.gz files", classes=10, train=60000, test=10000),
+    "fer2013": real(read_faces, "fer2013.csv, icml_face_data.csv or train.csv, or train/ and test/ with a folder per expression",
+                    classes=7, train=28709, val=3589, test=3589),
+    "ham10000": real(read_lesions, "HAM10000_metadata.csv and the two folders of images", classes=7, all=10015),
+    "ham10000-leaky": real(read_lesions, "the files of ham10000", classes=7, all=46935, val=9387),
+    "ade20k": real(read_ade20k, "ADEChallengeData2016.zip, unpacked", classes=150, train=20210, val=2000),
 }
 
 
@@ -1426,29 +1382,23 @@ def find(name, data_dir):
     found = REAL[name].read(name, data_dir) if name in REAL else read_folder(name)
     if len(found.files) == 1:
         fail(f"{name}: there are training images, but neither val nor test images with labels; needed: {REAL[name].get}")
+    if name not in REAL:
+        return found._replace(official={})
     files, missing = {}, []
     for split, listed in found.files.items():
-        same = next((s for s in files if found.files[s] is listed), None)
-        if same:
-            files[split] = files[same]
-            continue
-        there = []
-        for file in listed:
-            absent = [path for path in file if isinstance(path, str) and not os.path.exists(path)] if found.listed else []
-            missing += absent[:1]
-            there += [] if absent else [file]
+        absent = [next((p for p in file if isinstance(p, str) and not os.path.exists(p)), None) if found.listed else None for file in listed]
+        missing += filter(None, absent)
+        there = [file for file, gone in zip(listed, absent) if not gone]
         if not there:
             fail(f"{name}: none of the {len(listed):,} {split} images is there, such as {missing[-1] if missing else 'any'}")
-        order = np.random.default_rng(0).permutation(len(there)) if name in REAL else range(len(there))
-        files[split] = [there[k] for k in order]            # so that any first n are a fair sample of the classes
-    return found._replace(files=files, missing=missing, official=found.official or REAL[name].official if name in REAL else {})
+        files[split] = [there[k] for k in np.random.default_rng(0).permutation(len(there))]     # any first n are a fair sample
+    return found._replace(files=files, missing=missing, official=found.official or REAL[name].official)
 
 
 def differences(found):
     """Sentences on what is not as the whole dataset has it."""
-    lists = {id(f): f for f in found.files.values()}.values()
-    counts = {split: len(f) for split, f in found.files.items()} | {
-        "classes": len(found.class_names), "all": sum(map(len, lists))}
+    counts = {split: len(f) for split, f in found.files.items()}
+    counts |= {"classes": len(found.class_names), "all": sum(counts.values())}
     return [f"{counts.get(key, 0):,} {key if key == 'classes' else key + ' images'} where the whole set has {count:,}"
             for key, count in found.official.items() if counts.get(key, 0) != count]
 

@@ -418,7 +418,7 @@ def test_leaky_lesions(lesions):
 def test_leaky_count_is_the_one_in_the_paper():
     """Seven classes repeated to 6,705 images: a fifth of each is 1,341, together 9,387."""
     files = [(k, label) for label in range(7) for k in range(6705)]
-    assert len(data.split_by(files, [f"{k} {label}" for k, label in files])["val"]) == 9387
+    assert len(data.hold_out(files, [f"{k} {label}" for k, label in files])["val"]) == 9387
 
 
 def test_lesions_of_dataverse(lesions):
