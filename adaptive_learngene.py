@@ -460,10 +460,10 @@ def sample_policy(phi, samples, k, generator):
 class Rewards:
     """r(G) for rows of G, each subset computed once: score(G) -> (reward, accuracy). N: learngenes in the pool.
 
-    path: a file that keeps what was computed, for a search that is killed and started again.
+    path: a file that keeps what was computed, for a search that is killed and started again. asked: the subsets of this search.
     """
     def __init__(self, score, N, path=None):
-        self.score, self.N, self.seen, self.path = score, N, {}, path
+        self.score, self.N, self.seen, self.asked, self.path = score, N, {}, set(), path
         for line in path.read_text().splitlines() if path and path.exists() else ():
             with contextlib.suppress(ValueError):                                    # the last line of a killed run
                 key, *values = json.loads(line)
@@ -478,11 +478,12 @@ class Rewards:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     with open(self.path, "a") as file:
                         file.write(json.dumps([key, *self.seen[key]]) + "\n")
+        self.asked.update(keys)
         return torch.tensor([self.seen[key][0] for key in keys], dtype=torch.float64)
 
     def best(self, k=0):
-        """The best selection seen, of size k if k > 0: the first in the order of the subsets among equals."""
-        return max((key for key in sorted(self.seen) if not k or sum(key) == k), key=lambda key: self.seen[key][0])
+        """The best selection that this search looked at, of size k if k > 0; among equals the first in the order of the subsets."""
+        return max((key for key in sorted(self.asked) if not k or sum(key) == k), key=lambda key: self.seen[key][0])
 
 
 def reinforce(rewards, args, generator, progress=lambda *_: None):
@@ -622,11 +623,11 @@ def select(run, args, machine, pool, task, depths):
         with tqdm(total=args.select_steps, desc=f"select {task.name}", unit="step", disable=machine.rank > 0, mininterval=1.0) as bar:
             def progress(step, b):
                 bar.update()
-                bar.set_postfix(b=f"{float(b):.3f}", seen=len(rewards.seen), refresh=False)
+                bar.set_postfix(b=f"{float(b):.3f}", subsets=len(rewards.asked), refresh=False)
             pi = reinforce(rewards, args, data.generator(args.seed, 11), progress).tolist()
     else:
         {"exhaustive": exhaustive, "greedy": greedy}[args.search](rewards, args)
-    G, visited = rewards.best(args.genes), len(rewards.seen)
+    G, visited = rewards.best(args.genes), len(rewards.asked)
     r, percent_right = rewards.seen[G]
     singles = dict(zip(range(1, N + 1), rewards(torch.eye(N)).tolist()))
     chosen = [n for n in range(1, N + 1) if G[n - 1]]
@@ -966,7 +967,7 @@ def layers(text):
 
 
 FLAGS = [   # name, type, (drawn, paper), help and source
-    ("--stage", STAGES, "ancestry", "what to do; pretrain makes the ancestor of the baselines, the others make what they need but the pool"),
+    ("--stage", STAGES, "ancestry", "what to do; pretrain: the baselines' ancestor, and what --method weight-selection,tleg need besides"),
     ("--data", str, "", "ancestry: datasets to learn now; select, train, segment: tasks; drawn or folders of images, comma-separated"),
     ("--stream", str, ("wide/10", "imagenet/10"), "the ancestry's datasets in order; NAME/K: K disjoint subsets of its classes (paper: 10)"),
     ("--data-dir", str, "data", "where drawn data is cached"),
@@ -1105,7 +1106,8 @@ def main(argv=None):
     if args.stage == "ancestry":
         ancestry(run, args, machine)
     elif args.stage == "pretrain":
-        pretrained(run, args, machine, args.size)
+        for size in [args.size] + [LARGER[args.size]] * ("weight-selection" in args.methods and args.size in LARGER):
+            pretrained(run, args, machine, size)
         if "tleg" in args.methods:
             tleg(run, args, machine)
     elif args.stage == "select":
