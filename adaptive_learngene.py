@@ -116,9 +116,8 @@ def depths_of(args):
     return depths
 
 
-def backbone(args, depths, num_classes, image_size=None):
+def backbone(args, depths, num_classes):
     """An untrained ViT, or torchvision's Swin; num_classes 0: features instead of logits."""
-    size = image_size or args.image_size
     if args.size in SWIN_SIZES:
         from torchvision.models.swin_transformer import SwinTransformer
         width, own, window = SWIN_SIZES[args.size]
@@ -126,7 +125,7 @@ def backbone(args, depths, num_classes, image_size=None):
         net = SwinTransformer([4, 4], width, list(depths), heads, [window, window], stochastic_depth_prob=0.0,
                               num_classes=max(1, num_classes))
     else:
-        net = ViT(vit_config(args.size, depths[0], image_size=size, patch_size=args.patch, pool=args.pool,
+        net = ViT(vit_config(args.size, depths[0], image_size=args.image_size, patch_size=args.patch, pool=args.pool,
                              num_classes=max(1, num_classes)))
     net.width = net.head.in_features
     if not num_classes:
@@ -260,11 +259,7 @@ def fill(net, theta, stem, G, settings):
     a, G = group_coefficients(groups, len(G), settings, device), torch.as_tensor(G, dtype=torch.float32, device=device)
     for group, genes, a, base in zip(groups, theta, a, gain_offset(groups, settings["init"])):
         weights |= group.parameters(compose(genes, a, G, base.to(device)))
-    own = net.state_dict()
-    wrong = [n for n, p in weights.items() if n not in own or own[n].shape != p.shape]
-    if wrong:
-        fail(f"the learngenes' {wrong[0]} does not fit this network; give the --image-size, --patch and --size they were learned with")
-    net.load_state_dict(weights, strict=False)
+    net.load_state_dict(weights, strict=False)       # the head is not among them
     return net
 
 
@@ -285,7 +280,7 @@ def loss_ce(y, y_hat):
 def fit(run, args, machine, stage, module, forward, task, images, lr, identity=None, target=None, val=None, **cut):
     """The training loop of everything here: `module` holds what trains, forward(x, step) gives logits.
 
-    target(x) replaces the labels (distillation); val() -> number is logged --looks times along the way; cut: crop=C of
+    target(x, y) replaces the labels; val() -> number is logged --looks times along the way; cut: crop=C of
     data.Task.batch. Resumes by itself, as every stage does.
     """
     steps = math.ceil(images / args.batch_size)
@@ -297,7 +292,7 @@ def fit(run, args, machine, stage, module, forward, task, images, lr, identity=N
     for step in job.steps():
         x, y = task.batch("train", step, args.batch_size, args.seed, args.augment, machine.rank, machine.world, **cut)
         with machine.autocast():
-            y, y_hat = target(x) if target else y, forward(x, step)
+            y, y_hat = target(x, y) if target else y, forward(x, step)
         job.update(loss_ce(y, y_hat.float()))
         if job.step in looks:
             run.log(stage, step=job.step, images=job.step * args.batch_size, val=val())
@@ -465,10 +460,10 @@ def sample_policy(phi, samples, k, generator):
 class Rewards:
     """r(G) for rows of G, each subset computed once: score(G) -> (reward, accuracy). N: learngenes in the pool.
 
-    path: a file that keeps what was computed, for a search that is killed and started again.
+    path: a file that keeps what was computed, for a search that is killed and started again. asked: the subsets of this search.
     """
     def __init__(self, score, N, path=None):
-        self.score, self.N, self.seen, self.path = score, N, {}, path
+        self.score, self.N, self.seen, self.asked, self.path = score, N, {}, set(), path
         for line in path.read_text().splitlines() if path and path.exists() else ():
             with contextlib.suppress(ValueError):                                    # the last line of a killed run
                 key, *values = json.loads(line)
@@ -480,13 +475,15 @@ class Rewards:
             if key not in self.seen:
                 self.seen[key] = self.score(torch.tensor(key, dtype=torch.float32))
                 if self.path:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
                     with open(self.path, "a") as file:
                         file.write(json.dumps([key, *self.seen[key]]) + "\n")
+        self.asked.update(keys)
         return torch.tensor([self.seen[key][0] for key in keys], dtype=torch.float64)
 
     def best(self, k=0):
-        """The best selection seen, of size k if k > 0: the first in the order of the subsets among equals."""
-        return max((key for key in sorted(self.seen) if not k or sum(key) == k), key=lambda key: self.seen[key][0])
+        """The best selection that this search looked at, of size k if k > 0; among equals the first in the order of the subsets."""
+        return max((key for key in sorted(self.asked) if not k or sum(key) == k), key=lambda key: self.seen[key][0])
 
 
 def reinforce(rewards, args, generator, progress=lambda *_: None):
@@ -572,41 +569,47 @@ def patch_labels(masks, patch, C):
 
 
 def make_rewards(run, args, machine, pool, task, depths):
-    """(Rewards of a task, chance in percent). For a segmentation task the examples are patches, their class the commonest (A11)."""
-    rows = (torch.randperm(len(task.labels["train"]), generator=data.generator(args.seed, 7))[:max(2, round(
-        args.reward_share * len(task.labels["train"])))] if task.labels["train"].ndim > 1 else
-        reward_rows(task, args.reward_share, args.seed)).to(machine.device)
-    x, y, C = task.normalise(task.images["train"][rows]), task.labels["train"][rows], task.num_classes
-    net = backbone(args, depths, 0).to(machine.device).eval()
-    encode = net
-    if y.ndim > 1:
-        x, y = x[..., :args.image_size, :args.image_size], patch_labels(y[:, :args.image_size, :args.image_size], args.patch, C).flatten()
-        usable = (y < C) & (torch.bincount(y, minlength=data.IGNORED + 1)[y] > 1)
-        encode, y = (lambda x: net.fc_norm(net.norm(net.tokens(x)))[:, -(args.image_size // args.patch) ** 2:]), y[usable]
-    head = {"ncm": ncm_logits, "ridge": ridge_logits}.get(args.reward_head)
-    if not head and task.labels["train"].ndim > 1:
+    """(Rewards of a task, number of examples, share of the commonest class in percent). The examples of a segmentation task are
+    patches, their class is the commonest of the patch (A11)."""
+    y, C, segmentation = task.labels["train"], task.num_classes, task.segmentation
+    if segmentation and args.reward_head == "trained":
         fail("--reward-head trained serves classification; for segmentation say ncm or ridge")
-    kept = torch.ones(len(task.labels["train"]), dtype=torch.bool, device=machine.device).index_fill_(0, rows, False)
-    rest = None if head else dataclasses.replace(task, images={"train": task.images["train"][kept]},
-                                                 labels={"train": task.labels["train"][kept]}, orders={})
+    rows = (reward_rows(task, args.reward_share, args.seed) if not segmentation else
+            torch.randperm(len(y), generator=data.generator(args.seed, 7))[:math.ceil(args.reward_share * len(y))]).to(machine.device)
+    rest = torch.ones_like(y if not segmentation else y[:, 0, 0], dtype=torch.bool).index_fill_(0, rows, False)
+    x, y = task.normalise(task.images["train"][rows]), y[rows]
+    net = backbone(args, depths, 0).to(machine.device).eval()
+    if segmentation:
+        side = args.image_size
+        x, y = x[..., :side, :side], patch_labels(y[:, :side, :side], args.patch, C).flatten()
+        usable = (y < C) & (torch.bincount(y, minlength=data.IGNORED + 1)[y] > 1)
+        y = y[usable]
+
+    def closed_form(G):
+        fill_from(pool, net, G)
+        f = in_parts(net if not segmentation else lambda x: patch_features(net, x).flatten(0, 1), x)
+        return {"ncm": ncm_logits, "ridge": ridge_logits}[args.reward_head](f[usable] if segmentation else f, y, C)
+
+    def short_training(G):                           # on the training images that are not looked at
+        torch.manual_seed(args.seed)
+        net = fill_from(pool, backbone(args, depths, C).to(machine.device), G)
+        others = dataclasses.replace(task, images={"train": task.images["train"][rest]}, labels={"train": task.labels["train"][rest]}, orders={})
+        data.fit(net, others, math.ceil(args.reward_images / args.batch_size), args.batch_size, args.train_lr, args.weight_decay, args.augment)
+        return in_parts(net, x)
 
     def score(G):
-        if head:
-            f = in_parts(encode, x) if fill_from(pool, net, G) else None
-            logits = head(f.flatten(0, 1)[usable] if f.ndim > 2 else f, y, C)
-        else:                                        # the accuracy after a short training on the other 90 %
-            torch.manual_seed(args.seed)
-            trained = fill_from(pool, backbone(args, depths, C).to(machine.device), G)
-            data.fit(trained, rest, math.ceil(args.reward_images / args.batch_size), args.batch_size, args.train_lr, args.weight_decay, True)
-            logits = in_parts(trained.eval(), x)
+        logits = (short_training if args.reward_head == "trained" else closed_form)(G)
         return float(reward(logits, y, G, args.gamma, args.lam)), percent(logits, y)
 
-    about = [pool.hash, task.name, task.num_classes, len(task.labels["train"]), depths, args.reward_share, args.reward_head, args.seed,
-             args.gamma, args.lam, args.reward_images, args.train_lr, args.batch_size, args.image_size, str(machine.device)]
-    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    path = run.dir / f"rewards-{name}.jsonl" if machine.rank == 0 else None
-    run.dir.mkdir(parents=True, exist_ok=True)
-    return Rewards(score, len(pool), path), 100 * float(torch.bincount(y).max()) / len(y)
+    about = [pool.hash, task.name, C, len(rest), depths, str(machine.device)] + [getattr(args, k) for k in (
+        "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment")]
+    file = run.dir / f"rewards-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl"
+    return Rewards(score, len(pool), file if machine.rank == 0 else None), len(y), 100 * float(torch.bincount(y).max()) / len(y)
+
+
+def patch_features(net, x):
+    """Patch tokens after the last LayerNorm, (B, T, D), without class token."""
+    return net.fc_norm(net.norm(net.tokens(x)))[:, -(x.shape[-1] // net.config.patch_size) ** 2:]
 
 
 def select(run, args, machine, pool, task, depths):
@@ -614,25 +617,24 @@ def select(run, args, machine, pool, task, depths):
     N = len(pool)
     if args.genes > N:
         fail(f"--genes {args.genes}: the pool {pool.path} has {N} learngenes")
-    rewards, chance = make_rewards(run, args, machine, pool, task, depths)
+    rewards, count, chance = make_rewards(run, args, machine, pool, task, depths)
     pi = None
     if args.search == "reinforce":
         with tqdm(total=args.select_steps, desc=f"select {task.name}", unit="step", disable=machine.rank > 0, mininterval=1.0) as bar:
             def progress(step, b):
                 bar.update()
-                bar.set_postfix(b=f"{float(b):.3f}", seen=len(rewards.seen), refresh=False)
+                bar.set_postfix(b=f"{float(b):.3f}", subsets=len(rewards.asked), refresh=False)
             pi = reinforce(rewards, args, data.generator(args.seed, 11), progress).tolist()
     else:
         {"exhaustive": exhaustive, "greedy": greedy}[args.search](rewards, args)
-    G, visited = rewards.best(args.genes), len(rewards.seen)
+    G, visited = rewards.best(args.genes), len(rewards.asked)
     r, percent_right = rewards.seen[G]
     singles = dict(zip(range(1, N + 1), rewards(torch.eye(N)).tolist()))
     chosen = [n for n in range(1, N + 1) if G[n - 1]]
     run.print(f"{task.name}: learngenes {chosen} of {N} (" + ", ".join(pool.records[n - 1]["dataset"] for n in chosen) + f"), reward {r:.4f}, "
               f"accuracy of the reward head {percent_right:.1f} %, chance {chance:.1f} %; {visited} subsets looked at")
     run.print("one by one, best first: " + ", ".join(f"{n} {singles[n]:.3f}" for n in sorted(singles, key=lambda n: -singles[n])))
-    size = max(2, round(args.reward_share * len(task.labels["train"])))
-    if percent_right < chance + 200 * math.sqrt(chance / 100 * (1 - chance / 100) / size):
+    if percent_right < chance + 200 * math.sqrt(chance / 100 * (1 - chance / 100) / count):          # two standard errors
         run.print(f"warning: that accuracy is no better than chance, so the reward says nothing about {task.name}; "
                   "--reward-head trained asks a short training instead")
     run.log("select", task=task.name, learngenes=chosen, reward=r, accuracy=percent_right, chance=chance, visited=visited, policy=pi,
@@ -644,7 +646,9 @@ def select(run, args, machine, pool, task, depths):
 # Initialization of descendant models: Eq. (8) is `fill`; here the baselines of Tables 1 and 2, and the counting of Table 4
 # ----------------------------------------------------------------------------------------------------------------------
 
-METHODS = ["adaptive", "all", "random", "scratch", "prefine", "heur", "auto", "peg", "tleg", "weight-selection"]
+OURS = ["adaptive", "all", "random"]
+METHODS = [*OURS, "scratch", "prefine", "heur", "auto", "peg", "tleg", "weight-selection"]
+TLEG_SETTINGS = {"basis": "chebyshev", "first_order": 0, "init": "block"}
 LARGER = {"drawn-tiny": "drawn-small", "drawn-small": "drawn-base", "tiny": "small", "small": "base"}
 
 
@@ -699,12 +703,9 @@ def tleg(run, args, machine):
         base = [base.to(machine.device) for base in gain_offset(groups, "block")]
         forward = composed_forward(net, groups, genes, head, group_coefficients(groups, 2, settings, machine.device), lambda step: base)
         fit(run, args, machine, stage, module, forward, task, args.tleg_epochs * len(task.labels["train"]), args.lr,
-            target=lambda x: teacher(x).float().softmax(-1))
+            target=lambda x, y: teacher(x).float().softmax(-1))
     theta = [torch.stack([flat(gene[g]) for gene in genes]).detach() for g in range(len(groups))]
     return theta, {n.replace("/", "."): p.detach() for n, p in module["stem"].items()}
-
-
-TLEG_SETTINGS = {"basis": "chebyshev", "first_order": 0, "init": "block"}
 
 
 def inherit(net, state, take):
@@ -780,9 +781,6 @@ def initialise(method, run, args, machine, pool, depths, num_classes, G):
     return net
 
 
-OURS = ("adaptive", "all", "random")
-
-
 def parameter_counts(net, k, N, constrained=False):
     """What Table 4 counts, of a descendant from k of N learngenes: `stored` (k learngenes, stem and head), `trainable`,
     `deployed` (what runs: it depends on the depth alone), and the paper's `nominal` k / N of the deployed."""
@@ -822,6 +820,8 @@ def train(run, args, machine):
     depths, cache = depths_of(args), {}
     pool = open_pool(args, machine, needed=True) if set(args.methods) & set(OURS) else None
     for task in load_tasks(args.tasks, args, machine).values():
+        if task.segmentation:
+            fail(f"{task.name} has masks, not classes; --stage segment trains on it")
         for method in args.methods:
             for draw in range(args.draws if method == "random" else 1):
                 G = selection(method, draw, run, args, machine, pool, task, depths, cache)
@@ -892,7 +892,7 @@ class Segmenter(nn.Module):
 
     def forward(self, x):
         B, T, C = len(x), self.grid ** 2, self.cls_emb.shape[1]
-        tokens = self.encoder.fc_norm(self.encoder.norm(self.encoder.tokens(x)))[:, -T:]                   # (B, T, D)
+        tokens = patch_features(self.encoder, x)                                     # (B, T, D)
         both = self.norm(self.blocks(torch.cat([self.proj_in(tokens), self.cls_emb.expand(B, -1, -1)], 1)))
         patches, classes = both.split([T, C], 1)
         masks = F.normalize(self.proj_patch(patches), dim=-1) @ F.normalize(self.proj_classes(classes), dim=-1).transpose(1, 2)
@@ -932,9 +932,8 @@ def segment(run, args, machine):
     """Table 3: encoders initialised by every method, decoders at random, all trained alike."""
     depths, cache = depths_of(args), {}
     pool = open_pool(args, machine, needed=True) if set(args.methods) & set(OURS) else None
-    tasks = load_tasks(args.tasks, args, machine, args.scene_size)
-    for task in tasks.values():
-        if task.labels["train"].ndim != 3:
+    for task in load_tasks(args.tasks, args, machine).values():
+        if not task.segmentation:
             fail(f"{task.name} has no masks; --stage segment takes segmentation tasks: scenes")
         for method in args.methods:
             G = selection(method, 0, run, args, machine, pool, task, depths, cache)
@@ -944,7 +943,8 @@ def segment(run, args, machine):
             images = args.train_images or args.train_epochs * len(task.labels["train"])
             learngenes = [n for n, g in enumerate(G, 1) if g] if G else None
             fit(run, args, machine, f"segment-{task.name}-{method}-{args.size}-{depths[0]}-{images:g}", net, lambda x, step: net(x), task, images,
-                args.train_lr, identity={"learngenes": learngenes, "crop": args.crop}, crop=args.crop)
+                args.train_lr, identity={"learngenes": learngenes, "crop": args.crop},
+                target=lambda x, y: y.masked_fill(y == data.IGNORED, -100), crop=args.crop)          # -100: cross_entropy's mark
             score = evaluate_segmentation(net.eval(), task, args.split, args.crop, args.stride)
             run.print(f"{task.name}, {args.size} x {depths[0]}, {method}: mIoU {score:.2f} after {images:g} images ({args.split})")
             run.log("segment", task=task.name, size=args.size, depths=list(depths), method=method, learngenes=learngenes, images=images,
@@ -967,7 +967,7 @@ def layers(text):
 
 
 FLAGS = [   # name, type, (drawn, paper), help and source
-    ("--stage", STAGES, "ancestry", "what to do; pretrain makes the ancestor of the baselines, the others make what they need but the pool"),
+    ("--stage", STAGES, "ancestry", "what to do; pretrain: the baselines' ancestor, and what --method weight-selection,tleg need besides"),
     ("--data", str, "", "ancestry: datasets to learn now; select, train, segment: tasks; drawn or folders of images, comma-separated"),
     ("--stream", str, ("wide/10", "imagenet/10"), "the ancestry's datasets in order; NAME/K: K disjoint subsets of its classes (paper: 10)"),
     ("--data-dir", str, "data", "where drawn data is cached"),
@@ -986,14 +986,14 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--patch", positive, (8, 16), "pixels"),
     ("--pool-type", ["token", "avg"], ("avg", "token"), "class token (DeiT), or mean of the patches"),
     ("--batch-size", positive, (64, 1024), f"images per step, over all processes; {DEIT}: 1024"),
-    ("--ancestry-epochs", amount, (7.5, 300.0), "epochs per dataset (Training Settings)"),
-    ("--pretrain-epochs", amount, (7.5, 300.0), "epochs of the baselines' ancestor over --pretrain-data: as many images as the stream shows"),
-    ("--tleg-epochs", amount, (7.5, 150.0), "TLEG's own (Xia et al. 2024)"),
+    ("--ancestry-epochs", amount, (10.0, 300.0), "epochs per dataset (Training Settings)"),
+    ("--pretrain-epochs", amount, (10.0, 300.0), "epochs of the baselines' ancestor over --pretrain-data: as many images as the stream shows"),
+    ("--tleg-epochs", amount, (5.0, 150.0), "TLEG's own (Xia et al. 2024)"),
     ("--train-epochs", amount, (10.0, 500.0), "Training Settings: 500; 50 on ImageNet-1K, 100 on iNat-2019 and in the ablations; 50 on ADE20K"),
     ("--train-images", whole, 0, "images to train on, instead of epochs"),
     ("--pretrain-data", str, ("wide", "imagenet"), "all of the stream's classes at once, for the baselines"),
     ("--lr", amount, (2e-3, 1e-3), f"peak rate of learngenes and of the baselines' ancestor; {DEIT}: 5e-4 x batch / 512"),
-    ("--train-lr", amount, (1e-3, 1e-3), f"peak rate of descendants and all baselines; {DEIT}, likewise"),
+    ("--train-lr", amount, (2e-3, 1e-3), f"peak rate of descendants and all baselines; {DEIT}, likewise"),
     ("--weight-decay", amount, 0.05, DEIT),
     ("--warmup", share, (0.05, 0.0167), f"share of the steps that warm up; {DEIT}: 5 of 300 epochs"),
     ("--clip", amount, (1.0, 0.0), f"gradient norm, 0 for none; {DEIT}: none"),
@@ -1002,8 +1002,8 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--first-order", whole, 0, "degree of a(l, 1): 0, or 1 as printed by Lin et al. 2024c"),
     ("--init", ["delta", "block", "zero"], "delta", f"how a new learngene starts; {OPEN}"),
     ("--init-scale", amount, 1.0, f"size of the matrices of a new learngene after the first, in units of 0.02; {OPEN}"),
-    ("--gene-dropout", share, 0.5, f"share of steps in which only a few older learngenes take part; {OPEN}, 0 is the literal reading"),
-    ("--gene-keep", share, 0.2, f"chance of each older learngene to take part in such a step; {OPEN}"),
+    ("--gene-dropout", share, 0.7, f"share of steps in which only a few older learngenes take part; {OPEN}, 0 is the literal reading"),
+    ("--gene-keep", share, 0.1, f"chance of each older learngene to take part in such a step; {OPEN}"),
     ("--stem", ["frozen", "shared"], "frozen", f"after dataset 1 the stem is frozen, or trained on (then old logits change); {OPEN}"),
     ("--gamma", amount, 2.0, "of Eq. (5) (Training Settings)"),
     ("--lam", amount, 0.01, "lambda of Eq. (5) (Training Settings)"),
@@ -1055,10 +1055,12 @@ def settings(argv=None):
 # Stages
 # ----------------------------------------------------------------------------------------------------------------------
 
-def load_tasks(names, args, machine, image_size=None):
+def load_tasks(names, args, machine):
+    scenes = [name for name in names if name == data.SCENES]
     with rank_zero_first(machine):
-        tasks = data.load_many(list(names), args.data_dir, image_size or args.image_size, workers=args.workers)
-    return {name: task.to(machine.device) for name, task in tasks.items()}
+        tasks = {name: task for part, size in ((scenes, args.scene_size), ([n for n in names if n not in scenes], args.image_size))
+                 for name, task in data.load_many(part, args.data_dir, size, workers=args.workers).items()}
+    return {name: tasks[name].to(machine.device) for name in names}
 
 
 def open_pool(args, machine, needed=False):
@@ -1104,12 +1106,13 @@ def main(argv=None):
     if args.stage == "ancestry":
         ancestry(run, args, machine)
     elif args.stage == "pretrain":
-        pretrained(run, args, machine, args.size)
+        for size in [args.size] + [LARGER[args.size]] * ("weight-selection" in args.methods and args.size in LARGER):
+            pretrained(run, args, machine, size)
         if "tleg" in args.methods:
             tleg(run, args, machine)
     elif args.stage == "select":
         pool, depths = open_pool(args, machine, needed=True), depths_of(args)
-        for task in load_tasks(args.tasks, args, machine, None).values():
+        for task in load_tasks(args.tasks, args, machine).values():
             select(run, args, machine, pool, task, depths)
     else:
         {"train": train, "segment": segment}[args.stage](run, args, machine)

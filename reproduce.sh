@@ -5,7 +5,8 @@
 #   bash reproduce.sh direct     the same network trained directly on as many images of each task (an upper bound)
 #   bash reproduce.sh unseen     Table 5: tasks never tuned on, short training from TAL, LoGAH and random parameters
 #   bash reproduce.sh data       contact sheet and difficulty table of the drawn tasks
-#   SMOKE=1 bash reproduce.sh    the headline's commands on almost no data, to see that they run
+#   bash reproduce.sh adaptive   the second paper: its Tables 1-4, Figs. 3 and 4, and the checks on pool and selector
+#   SMOKE=1 bash reproduce.sh    the headline's commands (or another part's) on almost no data, to see that they run
 #
 # Two processes at a time (JOBS), one thread each. All stages resume when run again.
 set -euo pipefail
@@ -18,14 +19,22 @@ budget=(--pretrain-epochs "${PRETRAIN:-4}" --tune-epochs "${TUNE:-6}")
 if [[ ${SMOKE:-} ]]; then out=runs/smoke; budget=(--pretrain-epochs 0.02 --tune-epochs 0.02 --ancestry-epochs 0.02); fi
 mkdir -p results "$out"
 
-start() {   # start NAME FLAGS...: runs in the background, at most $jobs at a time, output in $out/NAME/
+launch() {   # launch NAME PROGRAM FLAGS...: runs in the background, at most $jobs at a time, output in $out/NAME/
     local name=$1; shift
     while (( $(jobs -rp | wc -l) >= jobs )); do wait -n; done
-    local ancestry=(--ancestry "$out/ancestry/ancestry.pt")
-    if [[ $name == ancestry ]]; then ancestry=(); fi
-    mkdir -p "$out/$name" && rm -f "$out/$name/failed"
-    (python tal.py --output "$out/$name" "${ancestry[@]}" "$@" > "$out/$name/$(date +%s).txt" 2> "$out/$name/errors.txt" && touch "$out/$name/done" ||
+    mkdir -p "$out/$name" && rm -f "$out/$name/failed" "$out/$name/done"
+    (python "$@" --output "$out/$name" > "$out/$name/$(date +%s).txt" 2> "$out/$name/errors.txt" && touch "$out/$name/done" ||
         { touch "$out/$name/failed"; echo "error: $name failed, see $out/$name/errors.txt" >&2; }) &
+}
+
+start() {   # start NAME FLAGS...: tal.py under the shared ancestry
+    local ancestry=(--ancestry "$out/ancestry/ancestry.pt")
+    if [[ $1 == ancestry ]]; then ancestry=(); fi
+    launch "$1" tal.py "${ancestry[@]}" "${@:2}"
+}
+
+after() {   # after NAME: waits until it is done
+    until [[ -f $out/$1/done ]]; do [[ ! -f $out/$1/failed ]] || exit 1; sleep 1; done
 }
 
 finish() { while (( $(jobs -rp | wc -l) )); do wait -n; done; }
@@ -36,7 +45,7 @@ headline)
     for seed in $seeds; do
         start "logah-s$seed" --stage evaluate --seed "$seed" --method logah "${budget[@]}"
         start "ghn3-s$seed" --stage evaluate --seed "$seed" --method ghn3 "${budget[@]}"
-        until [[ -f "$out/ancestry/done" ]]; do [[ ! -f "$out/ancestry/failed" ]] || exit 1; sleep 1; done
+        after ancestry
         start "tal-s$seed" --stage evaluate --seed "$seed" "${budget[@]}"
         start "no-task-info-s$seed" --stage evaluate --seed "$seed" --no-task-info "${budget[@]}"
         start "no-ancestry-s$seed" --stage evaluate --seed "$seed" --no-ancestry "${budget[@]}"
@@ -58,11 +67,51 @@ unseen)
             finish
         done
     done ;;
+adaptive)
+    out=runs/adaptive; few=(); near=kinds,variety,tail; six=$near,textures,aircraft,flowers
+    if [[ ${SMOKE:-} ]]; then
+        out=runs/adaptive-smoke; few=(--ancestry-epochs 0.05 --pretrain-epochs 0.02 --tleg-epochs 0.02 --select-steps 3); fi
+    al() { launch "$1" adaptive_learngene.py "${few[@]}" "${@:2}"; }
+    images() { if [[ ${SMOKE:-} ]]; then echo --train-images 128; else echo --train-images "$1"; fi; }
+    baselines=scratch,prefine,heur,auto,peg,tleg,weight-selection
+    # Ten class subsets of the wide task, one learngene each; beside them the ancestors of the baselines, on as many images.
+    al source --stage pretrain --size drawn-small --method tleg,weight-selection
+    for seed in $seeds; do al "small-s$seed" --seed "$seed"; done
+    after source; al source --stage pretrain --size drawn-tiny --method tleg,weight-selection
+    for seed in $seeds; do al "tiny-s$seed" --seed "$seed" --size drawn-tiny; done
+    al domains --stream signs:0-15,digits:0-4,glyphs:0-49,clothing:0-4 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 20)
+    al swin --size drawn-swin --stream "wide/10#1,wide/10#2,wide/10#3,wide/10#4,wide/10#5" $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
+    finish
+    for seed in $seeds; do
+        for size in small tiny; do          # Table 1, Fig. 4 (random draws, small), Table 4 (all learngenes, small)
+            ours=adaptive; if [[ $size == small ]]; then ours=adaptive,all,random; fi
+            al "table1-$size-s$seed" --stage train --seed "$seed" --size "drawn-$size" --pool "$out/$size-s$seed/pool" --source "$out/source" \
+                --data "$six" --method "$ours,$baselines" $(images 10000)
+        done
+        small=(--seed "$seed" --pool "$out/small-s$seed/pool" --source "$out/source")
+        for depth in 3 6 9; do
+            al "table2-$depth-s$seed" --stage train "${small[@]}" --depth "$depth" --data wide --method scratch,peg,tleg,adaptive $(images 10000)
+        done
+        al "table3-s$seed" --stage segment "${small[@]}" --data scenes --method scratch,prefine,heur,peg,adaptive $(images 6000)
+        for k in 1 2 3; do al "table4-$k-s$seed" --stage train "${small[@]}" --data "$near" --genes "$k" $(images 10000); done
+        al "constrained-s$seed" --stage train "${small[@]}" --data "$near" --constrained $(images 10000)
+        al "figure3-s$seed" --stage train "${small[@]}" --data variety --method scratch,adaptive,prefine $(images 36000)
+        al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 18000)
+        al "domains-s$seed" --stage select --seed "$seed" --pool "$out/domains/pool" --data signs:16-31,digits:5-9,glyphs:50-99,clothing:5-9
+    done
+    for seed in 0 1 2 3 4 5 6 7 8 9; do     # REINFORCE against the exhaustive search
+        al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds
+    done
+    finish
+    for seed in 0 1 2 3 4 5 6 7 8 9; do
+        al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds --search exhaustive
+    done
+    finish ;;
 data)
     python data.py --output results/contact_sheet.png
     python data.py --difficulty | tee results/difficulty.md ;;
 *)
-    echo "error: unknown part $part; headline, direct, unseen or data" >&2; exit 2 ;;
+    echo "error: unknown part $part; headline, direct, unseen, adaptive or data" >&2; exit 2 ;;
 esac
 
 python - "$out" "$part" <<'PY'
