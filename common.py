@@ -469,19 +469,16 @@ def read_safetensors(path):
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         size = os.path.getsize(path) - 8 - length                                    # of the numbers, in bytes
-        if size < 0:
-            raise ValueError("the header is cut off")
-        header = json.loads(f.read(length))
+        header = json.loads(f.read(length)) if size >= 0 else {}
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], SAFETENSORS[entry["dtype"]]
             if begin != at or end > size or end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} is not where the header says")
-            data = bytearray(f.read(end - begin))
+            data, at = bytearray(f.read(end - begin)), end
             weights[name] = torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
-            at = end
     if at != size:
-        raise ValueError("more numbers than the header names")
+        raise ValueError("more numbers than the header names, or fewer")
     return weights
 
 
@@ -490,8 +487,7 @@ def write_safetensors(path, weights):
     header, at, kinds = {"__metadata__": {"format": "pt"}}, 0, {dtype: kind for kind, dtype in SAFETENSORS.items()}
     weights = sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)
     for name, t in weights:
-        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
-        at += t.nbytes
+        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at := at + t.nbytes]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     numbers = (t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for _, t in weights)
@@ -528,16 +524,12 @@ def read_weights(path):
     except Exception as error:  # many kinds, as in load_checkpoint
         fail(f"{path} is not a readable file of weights (truncated, foreign, or with code in it): {type(error).__name__}")
     content = content if isinstance(content, dict) else {}
-    about = {"wrapped": None, "own": content.get("format") == CHECKPOINT_FORMAT, **told(content.get("extra"), path)}
-    hub = ["config.json", "preprocessor_config.json"] if path.stem in ("model", "pytorch_model") else []
-    for name in hub + [f"{path.stem}.json"]:
+    wrapped = next((key for key in ("model", "state_dict", "model_ema") if isinstance(content.get(key), dict)), None)
+    about = {"wrapped": wrapped, "own": content.get("format") == CHECKPOINT_FORMAT, **told(content.get("extra"), path)}
+    for name in [f"{path.stem}.json"] + ["config.json", "preprocessor_config.json"] * (path.stem in ("model", "pytorch_model")):
         with contextlib.suppress(OSError, ValueError):
             about |= told(json.loads((path.parent / name).read_text()), path)
-    for key in ("model", "state_dict", "model_ema"):
-        if isinstance(content.get(key), dict):
-            content, about["wrapped"] = content[key], key
-            break
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(n)): t for n, t in content.items() if isinstance(t, torch.Tensor)}
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(n)): t for n, t in content.get(wrapped, content).items() if torch.is_tensor(t)}
     if not weights:
         fail(f"{path} holds no weights by name; save a state_dict")
     for name, t in weights.items():
@@ -547,15 +539,18 @@ def read_weights(path):
 
 
 def renamed(weights, old, new):
-    """Names of one column of NAMES in those of another; what is in no row keeps its name."""
+    """Names of one column of NAMES in those of another; what is in no row keeps its name. Other spellings are put right first."""
     rows = [(re.compile(re.escape(row[old]).replace(r"\#", r"(\d+)")), row[new].replace("#", r"\1")) for row in NAMES]
     spell = lambda name: next((old.sub(new, name, count=1) for old, new in rows if old.match(name)), name)
-    return {spell(name): t for name, t in weights.items()}
+    return {spell(name): t for name, t in respelled(weights, old).items()}
 
 
 def respelled(weights, dialect):
     for old, new in SPELLINGS[dialect]:
         weights = {re.sub(old, new, name): t for name, t in weights.items()}
+    for name in [n for n in weights if ".attention.attention.query." in n]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        weights[name.replace(".query.", ".qkv.")] = torch.cat([weights.pop(part) for part in parts if part in weights])
     return weights
 
 
@@ -585,13 +580,8 @@ def vit_state(weights, heads=None, path="the file"):
         fail(f"{path} holds {len(found) or 'no'} ViTs under names of {', '.join(DIALECTS)}; give a file with one")
     dialect, name = found[0]
     prefix = name.removesuffix(ends[dialect])                                        # "vit.", "encoder.", mostly nothing
-    state = respelled({name.removeprefix(prefix): t for name, t in weights.items()}, dialect)
-    for name in [n for n in state if ".attention.attention.query." in n]:
-        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        state[name.replace(".query.", ".qkv.")] = torch.cat([state.pop(part) for part in parts if part in state])
-    state = renamed(state, dialect, 0)
-    nothing = torch.empty(0)
-    patch, pos, fc1 = (state.get(n, nothing) for n in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"))
+    state = renamed({name.removeprefix(prefix): t for name, t in weights.items()}, dialect, 0)
+    patch, pos, fc1 = (state.get(n, torch.empty(0)) for n in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"))
     tokens = ("cls_token" in state) + ("dist_token" in state)
     grid = math.isqrt(max(0, pos.shape[1] - tokens)) if pos.ndim == 3 else 0
     if patch.ndim != 4 or patch.shape[1] != 3 or not grid or grid ** 2 + tokens != pos.shape[1] or fc1.ndim != 2:
@@ -640,9 +630,8 @@ def normalisation_of(path, about, report, classes):
         return *IMAGENET, "ImageNet's, as all of torchvision"
     if "dist_token" in report["unexpected"] or "deit" in Path(path).name or (report["source"], about["wrapped"]) == ("timm", "model"):
         return *IMAGENET, "ImageNet's, as DeiT"
-    if classes in (21841, 21843):
-        return *HALF, "as ViTs of ImageNet-21k"
-    return *HALF, f"assumed, as most ViTs of Google and timm; else say \"mean\" and \"std\" in {Path(path).with_suffix('.json')}"
+    return *HALF, ("as ViTs of ImageNet-21k" if classes in (21841, 21843) else "assumed, as most ViTs of Google and timm; else say "
+                   f'"mean" and "std" in {Path(path).with_suffix(".json")}')
 
 
 def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=None, say=print):
@@ -656,15 +645,13 @@ def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=Non
     weights, about = read_weights(path)
     if net is None or isinstance(net, ViT):
         state, config, report = vit_state(weights, heads or about.get("heads") or net and net.config.heads, path)
-        if net is None:
-            wanted = {"image_size": image_size, "num_classes": num_classes}
-            net = ViT(dataclasses.replace(config, **{key: value for key, value in wanted.items() if value}))
+        net = net or ViT(dataclasses.replace(config, num_classes=num_classes or config.num_classes, image_size=image_size or config.image_size))
         for key in ("patch_size", "width", "depth", "heads", "pool", "mlp_ratio"):
             theirs, ours = getattr(config, key), getattr(net.config, key)
             if theirs != ours:
                 fail(f"{path} holds a ViT of {key.replace('_', ' ')} {theirs}, but {ours} is needed here")
-        prefix = int(config.pool == "token")
-        state["pos_embed"] = resized_pos_embed(state["pos_embed"], net.config.image_size // net.config.patch_size, prefix)
+        grid = net.config.image_size // net.config.patch_size
+        state["pos_embed"] = resized_pos_embed(state["pos_embed"], grid, int(config.pool == "token"))
     else:                       # the index of relative positions is a constant that torchvision computes
         state = {n: t for n, t in respelled(weights, 1).items() if "relative_position_index" not in n}
         report = {"source": "torchvision", "unexpected": []}
@@ -684,15 +671,20 @@ def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=Non
     return net, report
 
 
+def check_export(path, format, pool):
+    """One sentence unless a ViT can be written to `path` for `format`; to be asked before the work."""
+    if format not in DIALECTS[:2] or Path(path).is_dir() or Path(path).suffix not in (".pt", ".pth", ".safetensors"):
+        fail(f"the file to write (--output or --export) ends in .pt, .pth or .safetensors and --format is timm or torchvision, not {path} "
+             f"and {format}")
+    if format == "torchvision" and pool == "avg":
+        fail("torchvision's ViT takes no mean over patches; train with --pool token, or say --format timm")
+
+
 def export_weights(state, config, path, format="timm", card=None):
     """A ViT's state for timm or torchvision, as .pt, .pth or .safetensors, and its card, a JSON file of the same name: the
     architecture, the call whose module loads it strictly, and the caller's `card` (task, method, "mean", "std" ...)."""
     path, c = Path(path), config
-    if format not in DIALECTS[:2] or path.suffix not in (".pt", ".pth", ".safetensors"):
-        fail(f"weights go to timm or torchvision as .pt, .pth or .safetensors, not to {format} as {path.name}")
-    if format == "torchvision" and c.pool == "avg":
-        fail("torchvision's ViT takes no mean over patches; use --format timm, whose VisionTransformer does it with "
-             'global_pool="avg", class_token=False')
+    check_export(path, format, c.pool)
     with torch.device("meta"):
         check_fits(state, ViT(c), "the network to export")
     if not all(t.isfinite().all() for t in state.values()):
@@ -702,12 +694,11 @@ def export_weights(state, config, path, format="timm", card=None):
              f"global_pool={c.pool!r}, class_token={c.pool == 'token'})" if format == "timm" else
              f"torchvision.models.VisionTransformer(image_size={c.image_size}, patch_size={c.patch_size}, num_layers={c.depth}, "
              f"num_heads={c.heads}, hidden_dim={c.width}, mlp_dim={c.mlp_ratio * c.width}, num_classes={c.num_classes})")
-    card = {"architecture": dataclasses.asdict(c), "format": format, "build": build, **(card or {})}
-    text = json.dumps(card, indent=1, default=str)
+    card = json.dumps({"architecture": dataclasses.asdict(c), "format": format, "build": build, **(card or {})}, indent=1, default=str)
     state = renamed({n: t.detach().float().cpu().contiguous() for n, t in state.items()}, 0, DIALECTS.index(format))
     save = write_safetensors if path.suffix == ".safetensors" else lambda p, s: write_atomically(p, lambda q: torch.save(s, q))
     save(path, state)
-    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(text + "\n"))
+    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(card + "\n"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from torch import fx, nn
 from torch.func import functional_call
 
 import data
-from common import (VIT_SIZES, Run, Training, ViT, ViTConfig, accuracy, amount, export_weights, fail, load_checkpoint,
-                    load_pretrained, load_weights, parameter_groups, parse_flags, positive, rank_zero_first, read_weights,
+from common import (VIT_SIZES, Run, Training, ViT, ViTConfig, accuracy, amount, check_export, export_weights, fail,
+                    load_checkpoint, load_pretrained, load_weights, parameter_groups, parse_flags, positive, rank_zero_first, read_weights,
                     setup_machine, share, vit_config, whole, write_atomically, yes_no)
 
 
@@ -1080,12 +1080,9 @@ def small_settings(args):
 def customize_stage(args, machine):
     """Writes an initialised network of any size for a task or a folder of images, for timm or torchvision, and its card."""
     path = Path(args.output)
-    if path.is_dir() or path.suffix not in (".pt", ".pth", ".safetensors"):
-        fail(f"for --stage customize, --output names the file to write, ending in .pt, .pth or .safetensors, not {args.output}")
+    check_export(path, args.format, args.pool)
     if len(args.tasks) != 1:
         fail("--stage customize takes one task: --data NAME, or --data FOLDER with one sub-folder of images per class")
-    if args.format == "torchvision" and args.pool == "avg":
-        fail("torchvision's ViT takes no mean over patches; say --pool token, or --format timm")
     config = asked_architecture(args)
     run = Run(args.tal_dir, vars(args), machine)
     (task,) = load_tasks(args.tasks, args, machine).values()
