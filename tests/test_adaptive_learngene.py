@@ -755,6 +755,344 @@ def test_a_pool_in_the_run_directory_itself(drawn, tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# TALS: the heads that stand in for p_y(x), the reward set, and the search
+# ----------------------------------------------------------------------------------------------------------------------
+
+def features(B=24, D=6, C=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(B) % C
+    return torch.randn(B, D, generator=generator) + torch.eye(C, D)[y] * 1.5 + 3, y[torch.randperm(B, generator=generator)]
+
+
+def test_class_means_leave_the_image_itself_out():
+    """For every image the class means are computed anew without it, one cosine at a time; the centre is that of all images."""
+    f, y = features()
+    centred = (f - f.mean(0)).double()
+    unit = [v / v.norm() for v in centred]
+    for i in range(len(f)):
+        for c in range(4):
+            mean = sum(unit[j] for j in range(len(f)) if y[j] == c and j != i)
+            expected = 10 * float(unit[i] @ mean / mean.norm())
+            assert al.ncm_logits(f, y, 4)[i, c].item() == pytest.approx(expected, abs=1e-4), (i, c)
+
+
+def test_class_means_with_two_images_per_class_and_an_absent_class():
+    """Images at (1, 0), (0, -1) and (0, 1), (-1, 0): each is compared to the other of its class, not to itself."""
+    f, y = torch.tensor([[1., 0.], [0., 1.], [-1., 0.], [0., -1.]]), torch.tensor([0, 1, 1, 0])
+    logits = al.ncm_logits(f, y, 3)
+    assert logits[0].tolist() == pytest.approx([0, -10 / 2 ** 0.5, 0], abs=1e-5)          # its own (0, -1); class 1: (-1, 1); class 2: none
+    assert al.ncm_logits(f, y, 3, temperature=1.0)[1].tolist() == pytest.approx([-1 / 2 ** 0.5, 0, 0], abs=1e-5)
+    f = torch.tensor([[2., 1.], [2., -1.], [-2., 1.], [-2., -1.]])
+    logits = al.ncm_logits(f, torch.tensor([0, 0, 1, 1]), 2)
+    assert logits.tolist() == [pytest.approx([10 * 0.6, -10 * 2 / 5 ** 0.5], rel=1e-5)] * 2 + [pytest.approx([-10 * 2 / 5 ** 0.5, 6], rel=1e-5)] * 2
+
+
+def test_class_means_of_pure_noise_are_at_chance():
+    """Without leaving the image out, 40 images of 64 noise features and 20 classes would look learnable."""
+    generator, hits = torch.Generator().manual_seed(0), 0
+    for _ in range(50):
+        f, y = torch.randn(40, 64, generator=generator), torch.arange(40) % 20
+        hits += (al.ncm_logits(f, y, 20).argmax(1) == y).sum().item()
+        assert (F.normalize(f - f.mean(0), dim=1) @ torch.stack([f[y == c].mean(0) for c in range(20)]).T).argmax(1).eq(y).float().mean() > 0.5
+    assert hits / 2000 < 0.08                                # chance 0.05, minus what leaving out costs
+
+
+def test_ridge_is_refitted_without_each_image():
+    """Brute force: features and targets centred with all images, the ridge fixed from all; then one solve per image left out."""
+    f, y = features()
+    X, Y = (f - f.mean(0)).double(), F.one_hot(y, 4).double()
+    Y = Y - Y.mean(0)
+    ridge = 0.1 * float(torch.linalg.eigvalsh(X.T @ X).mean())
+    logits = al.ridge_logits(f, y, 4)
+    for i in range(len(f)):
+        rest = [j for j in range(len(f)) if j != i]
+        W = np.linalg.solve((X[rest].T @ X[rest] + ridge * torch.eye(6)).numpy(), (X[rest].T @ Y[rest]).numpy())
+        assert logits[i].tolist() == pytest.approx((10 * X[i].numpy() @ W).tolist(), abs=1e-4)
+
+
+def noise_task(counts, name="noise", size=8, seed=0):
+    """A task with so many training images per class, all of them noise."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    images = {s: rng.integers(0, 256, (n, 3, size, size), dtype=np.uint8) for s, n in (("train", len(y)), ("val", 2), ("test", 2))}
+    return data.make_task(name, [f"c{i}" for i in range(len(counts))], images, {"train": y, "val": np.array([0, 1]), "test": np.array([0, 1])})
+
+
+def test_reward_rows():
+    """A tenth of every class, at least two images; of the seed alone; in the order of the task."""
+    task = noise_task([100, 30, 9, 2])
+    rows = al.reward_rows(task, 0.1, seed=5)
+    assert torch.bincount(task.labels["train"][rows]).tolist() == [10, 3, 2, 2]
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    torch.manual_seed(99)
+    assert torch.equal(al.reward_rows(task, 0.1, seed=5), rows) and not torch.equal(al.reward_rows(task, 0.1, seed=6), rows)
+    assert al.reward_rows(task, 1.0, seed=5).tolist() == list(range(141)) and len(al.reward_rows(task, 0.0, seed=5)) == 8
+
+
+def test_one_image_of_a_class_is_refused(capsys):
+    refuses(capsys, lambda: al.reward_rows(noise_task([5, 1, 4]), 0.1, 0), "'c1' of noise has 1 training image")
+
+
+def test_patch_labels_by_hand():
+    """Four patches of 2 x 2: three of class 1; half labelled, all 2; one labelled of four: ignored; a tie, which the lower class
+    wins. As one patch: 3, 4 and 4 pixels of the classes, 11 of 16 labelled."""
+    masks = torch.tensor([[[1, 1, 255, 2],
+                           [1, 0, 255, 2],
+                           [255, 255, 0, 2],
+                           [255, 1, 2, 0]]], dtype=torch.uint8)
+    assert al.patch_labels(masks, 2, 3).tolist() == [[1, 2, data.IGNORED, 0]]
+    assert al.patch_labels(masks, 4, 3).tolist() == [[1]]
+
+# ---- a synthetic reward table ----
+
+def landscape(seed, N=10):
+    """A reward with pairs that help or hurt each other and a price per learngene: {subset: reward}."""
+    rng = np.random.default_rng(seed)
+    single, pair = rng.normal(0, 0.15, N), np.triu(rng.normal(0, 0.08, (N, N)), 1)
+    return lambda G: float(np.array(G) @ single + np.array(G) @ pair @ np.array(G) - 0.01 * sum(G))
+
+
+def rewards_of(value, N=10, path=None):
+    calls = []
+
+    def score(G):
+        assert G.dtype == torch.float32 and G.shape == (N,)
+        calls.append(tuple(G.int().tolist()))
+        return value(G.tolist()), 50.0
+    return al.Rewards(score, N, path), calls
+
+
+def search_args(*more):
+    return al.settings(["--stage", "select", "--data", "kinds", *map(str, more)])
+
+
+@pytest.mark.parametrize("genes", [0, 4])
+def test_reinforce_finds_what_exhaustive_finds(genes):
+    """Ten landscapes of 1,023 (or 210) subsets, as many steps and samples as by default: within 0.02 of the best, 9 times or more."""
+    gaps, visited = [], []
+    for seed in range(10):
+        value = landscape(seed)
+        best = max(value(G) for G in itertools.product((0, 1), repeat=10) if (sum(G) == genes if genes else any(G)))
+        everything, _ = rewards_of(value)
+        al.exhaustive(everything, search_args("--genes", genes))
+        assert len(everything.seen) == (math.comb(10, genes) if genes else 1023)
+        assert everything.seen[everything.best(genes)][0] == pytest.approx(best)
+        rewards, calls = rewards_of(value)
+        pi = al.reinforce(rewards, search_args("--genes", genes), data.generator(seed))
+        assert pi.shape == (10,) and ((0 <= pi) & (pi <= 1)).all()
+        assert all(sum(G) == genes if genes else any(G) for G in calls)
+        gaps.append(best - rewards.seen[rewards.best(genes)][0])
+        visited.append(len(calls))
+    assert all(gap > -1e-9 for gap in gaps) and sum(gap <= 0.02 for gap in gaps) >= 9, gaps
+    assert genes or max(visited) < 1023 * 0.8                # not by looking at everything
+
+
+def test_reinforce_moves_its_baseline_after_use(monkeypatch):
+    """b: first the mean of the first rewards, then 0.9 b + 0.1 mean(r), each used one step later (Eq. (7))."""
+    used, seen, loss = [], [], al.policy_loss
+
+    def spy(log_pi, r, b, scale=1.0):
+        used.append(float(b)), seen.append(float(r.mean()))
+        return loss(log_pi, r, b, scale)
+    monkeypatch.setattr(al, "policy_loss", spy)
+    rewards, _ = rewards_of(landscape(0))
+    al.reinforce(rewards, search_args("--select-steps", 6), data.generator(0))
+    b = seen[0]
+    for step in range(6):
+        assert used[step] == pytest.approx(b)
+        b = 0.9 * b + 0.1 * seen[step]
+
+
+def test_the_policy_learns_to_be_sure():
+    """One learngene decides everything: its probability goes up, the others', who cost 0.3 each, go down."""
+    rewards, _ = rewards_of(lambda G: 2 * G[3] - 0.3 * sum(G), 6)
+    pi = al.reinforce(rewards, search_args(), data.generator(0))
+    assert pi[3] > 0.95 and all(pi[n] < 0.2 for n in range(6) if n != 3)
+    assert rewards.best() == (0, 0, 0, 1, 0, 0)
+
+
+def test_greedy_by_hand():
+    """1 alone is best (0.5); 2 adds 0.3 to it; nothing adds to both. The best pair (3, 4) is out of its sight."""
+    table = {(1, 0, 0, 0): 0.5, (0, 1, 0, 0): 0.4, (0, 0, 1, 0): 0.1, (0, 0, 0, 1): 0.0, (1, 1, 0, 0): 0.8, (0, 0, 1, 1): 0.95}
+    value = lambda G: table.get(tuple(map(int, G)), 0.2)
+    rewards, calls = rewards_of(value, 4)
+    al.greedy(rewards, search_args())
+    assert len(calls) == 4 + 3 + 2 and rewards.best() == (1, 1, 0, 0)
+    rewards, calls = rewards_of(value, 4)
+    al.greedy(rewards, search_args("--genes", 3))            # goes on until there are three, helpful or not
+    assert len(calls) == 9 and sum(rewards.best(3)) == 3
+    al.exhaustive(rewards, search_args("--genes", 2))
+    assert rewards.best(2) == (0, 0, 1, 1)
+
+
+def test_rewards_are_computed_once_and_survive_a_restart(tmp_path):
+    """Repeats cost nothing; a second start reads the file, also when its last line is torn."""
+    path = tmp_path / "rewards.jsonl"
+    value = lambda G: G[0] + 0.1 * G[1] - 0.25 * G[2]
+    rewards, calls = rewards_of(value, 3, path)
+    rows = torch.tensor([[1., 0, 1], [0, 1, 0], [1, 0, 1], [0, 1, 0]])
+    assert rewards(rows).tolist() == pytest.approx([0.75, 0.1, 0.75, 0.1]) and rewards(rows[:1]).tolist() == pytest.approx([0.75])
+    assert calls == [(1, 0, 1), (0, 1, 0)] and rewards(rows).dtype == torch.float64
+    rewards(torch.tensor([[1., 1, 1]]))
+    text = path.read_text()
+    path.write_text(text[:-7])
+    again, calls = rewards_of(value, 3, path)
+    assert again(rows).tolist() == rewards(rows).tolist() and not calls
+    assert again(torch.tensor([[1., 1, 1]])).tolist() == pytest.approx([0.85]) and calls == [(1, 1, 1)]
+    assert again.best() == (1, 1, 1) and again.best(1) == (0, 1, 0) and again.best(2) == (1, 0, 1)
+
+
+@pytest.mark.xfail(strict=True, reason="Rewards appends to the torn line, so that subset is computed at every restart to come")
+def test_a_torn_line_is_torn_once(tmp_path):
+    path = tmp_path / "rewards.jsonl"
+    path.write_text('[[1, 0], 0.5, 50.0]\n[[0, 1], 0.2')
+    rewards_of(lambda G: 0.2, 2, path)[0](torch.tensor([[0., 1.]]))
+    again, calls = rewards_of(lambda G: 0.2, 2, path)
+    again(torch.eye(2))
+    assert not calls
+
+
+def test_among_equals_the_first(tmp_path):
+    rewards, _ = rewards_of(lambda G: 1.0, 3)
+    rewards(torch.tensor([[1., 1, 0], [0, 1, 0], [1, 0, 0]]))
+    assert rewards.best() == (0, 1, 0)
+
+
+# ---- on a pool ----
+
+def lit_task(classes=3, count=12, name="lit"):
+    """Every class has its own brightness: any network tells them apart."""
+    rng = np.random.default_rng(0)
+    y = {"train": np.repeat(np.arange(classes), count), "val": np.arange(classes), "test": np.arange(classes)}
+    images = {s: (20 + 90 * labels[:, None, None, None] + rng.integers(0, 20, (len(labels), 3, 32, 32))).astype(np.uint8) for s, labels in y.items()}
+    return data.make_task(name, [f"c{i}" for i in range(classes)], images, y)
+
+
+def select(drawn, made, folder, task, *more):
+    args = al.settings(flags(drawn, folder, "--stage", "select", "--data", "kinds", *more))
+    return al.select(common.Run(folder, {}, CPU), args, CPU, open_pool(drawn, made[0]), task, (3,))
+
+
+@pytest.mark.parametrize("head", ["ncm", "ridge"])
+def test_rewards_of_a_task_from_the_files_alone(head, drawn, made, tmp_path):
+    """Three subsets at depth 3: a float64 network of plain sums, its features, the head's formula, Eq. (5) image by image."""
+    args = al.settings(flags(drawn, tmp_path, "--stage", "select", "--data", "kinds", "--reward-head", head, "--reward-share", "0.3", "--seed", "4"))
+    task, records = task_of(drawn, "kinds"), records_of(made[0] / "pool")
+    rewards, chance = al.make_rewards(common.Run(tmp_path, {}, CPU), args, CPU, open_pool(drawn, made[0]), task, (3,))
+    rows = al.reward_rows(task, 0.3, 4)
+    x, y = task.normalise(task.images["train"][rows]), task.labels["train"][rows]
+    assert chance == pytest.approx(100 * max(Counter(y.tolist()).values()) / len(y))
+    for G in ((1, 0, 0), (0, 1, 1), (1, 1, 1)):
+        with torch.no_grad():
+            f = hand_vit(records, G, depth=3).encode(x.double())
+        p = getattr(al, f"{head}_logits")(f.float(), y, 10).double().softmax(1)[range(len(y)), y].tolist()
+        by_hand = sum((1 - q) ** 2 * math.log(q) for q in p) / len(p) - 0.01 * sum(G)
+        assert rewards(torch.tensor([G])).item() == pytest.approx(by_hand, abs=2e-3)
+    assert len(rewards.seen) == 3 and len(list(tmp_path.glob("rewards-*.jsonl"))) == 1
+
+
+def test_the_trained_reward_head_never_sees_the_reward_set(drawn, made, tmp_path, monkeypatch):
+    """It trains on the other 90 % and is asked about the 10 %."""
+    seen, fit = [], data.fit
+    monkeypatch.setattr(data, "fit", lambda net, task, *more: seen.append(task) or fit(net, task, *more))
+    task = task_of(drawn, "kinds")
+    G = select(drawn, made, tmp_path, task, "--reward-head", "trained", "--reward-images", "40", "--search", "exhaustive", "--genes", "2")
+    assert sum(G) == 2 and len(seen) == 3 + 3                # the pairs, then one by one
+    rows = al.reward_rows(task, 0.1, 0)
+    assert all(len(rest.labels["train"]) == 80 - len(rows) for rest in seen)
+    kept = torch.cat([task.images["train"][i][None] for i in range(80) if i not in rows.tolist()])
+    assert torch.equal(seen[0].images["train"], kept) and seen[0].mean == task.mean
+
+
+@pytest.mark.parametrize("search", ["reinforce", "exhaustive", "greedy"])
+def test_select_says_and_logs_what_it_saw(search, drawn, made, tmp_path, capsys):
+    G = select(drawn, made, tmp_path, lit_task(), "--search", search, "--reward-share", "0.5")
+    (record,) = log_of(tmp_path, "select")
+    assert record["learngenes"] == [n for n in (1, 2, 3) if G[n - 1]] and len(G) == 3
+    assert set(record["singles"]) == {"1", "2", "3"} and record["search"] == search and record["depths"] == [3]
+    assert (record["policy"] is None) == (search != "reinforce")
+    said = capsys.readouterr().out
+    assert f"lit: learngenes {record['learngenes']} of 3" in said and "no better than chance" not in said
+    assert record["accuracy"] > 90 and record["chance"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize("head", ["ncm", "ridge"])
+def test_a_reward_at_chance_is_a_warning(head, drawn, made, tmp_path, capsys):
+    """Noise with random labels: the search ends, and says that its result means nothing."""
+    select(drawn, made, tmp_path, noise_task([40, 40], size=32), "--reward-head", head, "--reward-share", "0.5")
+    assert "warning: that accuracy is no better than chance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("genes", [1, 2, 3])
+def test_the_asked_number_of_learngenes(genes, drawn, made, tmp_path):
+    assert sum(select(drawn, made, tmp_path, lit_task(), "--genes", genes)) == genes
+
+
+def test_more_learngenes_than_there_are(drawn, made, tmp_path, capsys):
+    refuses(capsys, lambda: select(drawn, made, tmp_path, lit_task(), "--genes", "4"), "--genes 4", "has 3 learngenes")
+
+
+def test_selecting_twice_costs_nothing(drawn, made, tmp_path, monkeypatch):
+    first = select(drawn, made, tmp_path, lit_task(), "--search", "exhaustive")
+    monkeypatch.setattr(al, "fill_from", lambda *_: pytest.fail("computed again"))
+    assert select(drawn, made, tmp_path, lit_task(), "--search", "exhaustive") == first
+
+
+@pytest.mark.xfail(strict=True, reason="best() takes from everything in the rewards file, so a search returns what another one found before it")
+def test_a_search_returns_what_it_found_itself(drawn, made, tmp_path):
+    """greedy alone, and greedy after exhaustive in the same directory: the same subset, as many looked at."""
+    table = {(1, 0, 0): 0.5, (0, 1, 0): 0.2, (0, 0, 1): 0.1, (0, 1, 1): 0.9}
+    results = []
+    for folder, searches in (("a", ["greedy"]), ("b", ["exhaustive", "greedy"])):
+        for search in searches:
+            rewards, _ = rewards_of(lambda G: table.get(tuple(map(int, G)), 0.0), 3, tmp_path / f"{folder}.jsonl")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(al, "make_rewards", lambda *_: (rewards, 10.0))
+                G = select(drawn, made, tmp_path / folder, lit_task(), "--search", search)
+        results.append((G, log_of(tmp_path / folder, "select")[-1]["visited"]))
+    assert results[0] == results[1]
+
+
+@pytest.mark.xfail(strict=True, reason="the name of the rewards file does not depend on the images: a task redrawn at another size finds old rewards")
+def test_rewards_of_other_images_are_not_reused(drawn, made, tmp_path):
+    """Scenes at 48 and at 32 pixels: --stage segment and --stage select look at different images."""
+    found = []
+    for size in (48, 32):
+        args = al.settings(flags(drawn, tmp_path, "--stage", "select", "--data", "scenes"))
+        rewards, _ = al.make_rewards(common.Run(tmp_path, {}, CPU), args, CPU, open_pool(drawn, made[0]), task_of(drawn, "scenes", size), (2,))
+        found.append(dict(rewards.seen))
+        rewards(torch.tensor([[1, 0, 0]]))
+    assert not found[1]
+
+
+def test_patches_of_scenes_are_examples(drawn, made, tmp_path):
+    """A segmentation task: features of single patches against the commonest class in each; by hand for one subset. Class 5 fills
+    one patch alone and is left out."""
+    task, records, rng = task_of(drawn, "scenes"), records_of(made[0] / "pool"), np.random.default_rng(0)
+    masks = np.kron(rng.integers(0, 3, (12, 2, 2)), np.ones((16, 16))).astype(np.uint8)
+    masks[rng.random(masks.shape) < rng.choice([0.1, 0.1, 0.9], (12, 1, 1))] = data.IGNORED
+    rows = torch.randperm(12, generator=data.generator(0, 7))[:6]
+    masks[rows[0], :16, :16] = 5
+    task = dataclasses.replace(task, labels={**task.labels, "train": torch.from_numpy(masks)})
+    args = al.settings(flags(drawn, tmp_path, "--stage", "select", "--data", "scenes", "--reward-share", "0.5"))
+    rewards, chance = al.make_rewards(common.Run(tmp_path, {}, CPU), args, CPU, open_pool(drawn, made[0]), task, (2,))
+    net, f, y = hand_vit(records, (1, 0, 1)), [], []
+    for i in rows.tolist():
+        tokens = net.fc_norm(net.tokens(task.normalise(task.images["train"][i:i + 1]).double()))[0]
+        for patch in range(4):
+            r, c = 16 * (patch // 2), 16 * (patch % 2)
+            labels = Counter(task.labels["train"][i, r:r + 16, c:c + 16].flatten().tolist())
+            labelled = sum(n for label, n in labels.items() if label < 9)
+            f.append(tokens[patch].detach())
+            y.append(max(range(9), key=lambda k: labels[k]) if 2 * labelled >= 256 else 255)
+    usable = [i for i in range(24) if y[i] < 9 and Counter(y)[y[i]] > 1]
+    f, y = torch.stack([f[i] for i in usable]).float(), torch.tensor([y[i] for i in usable])
+    assert set(y.tolist()) == {0, 1, 2} and 9 <= len(y) < 23 and chance == pytest.approx(100 * max(Counter(y.tolist()).values()) / len(y))
+    expected = al.reward(al.ncm_logits(f, y, 9), y, torch.tensor([1., 0., 1.])).item()
+    assert rewards(torch.tensor([[1, 0, 1]])).item() == pytest.approx(expected, abs=2e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The equations in the file
 # ----------------------------------------------------------------------------------------------------------------------
 
