@@ -48,6 +48,11 @@ def short_tasks():
         yield
 
 
+def bug(reason, **how):
+    """A test of what does not work yet. It must fail; when it passes, this mark goes."""
+    return pytest.mark.xfail(strict=True, reason=reason, **how)
+
+
 def small_vit(depth=2, classes=10, pool="avg", width=32):
     return ViT(ViTConfig(32, 16, width, depth, 4, classes, pool=pool))
 
@@ -57,8 +62,9 @@ def small_vit(depth=2, classes=10, pool="avg", width=32):
 # ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("first_order", [0, 1])
-@pytest.mark.parametrize("basis, columns", [("chebyshev", np.polynomial.chebyshev.chebvander), ("legendre", np.polynomial.legendre.legvander),
-                                            ("monomial", np.polynomial.polynomial.polyvander)])
+@pytest.mark.parametrize("basis, columns", [
+    ("chebyshev", np.polynomial.chebyshev.chebvander), ("legendre", np.polynomial.legendre.legvander),
+    ("monomial", np.polynomial.polynomial.polyvander)])
 def test_coefficients_are_numpys_polynomials(basis, columns, first_order):
     """Degrees n - 1 + first_order at (l - 1) / L; none of them exceeds 1, so no layer gets more of a learngene than there is."""
     for L, N in itertools.product((1, 2, 6, 12), (1, 2, 3, 10)):
@@ -95,8 +101,9 @@ def test_both_conventions_in_the_first_layer_and_the_first_columns():
 def loops(theta, a, G=None, base=None):
     """sum_n G_n a(l, n) theta_n, number by number."""
     N, P = theta.shape
-    return torch.tensor([[sum((1 if G is None else float(G[n])) * float(a[l, n]) * float(theta[n, p]) for n in range(N))
-                          + (0 if base is None else float(base.expand(len(a), P)[l, p])) for p in range(P)] for l in range(len(a))])
+    G, base = torch.ones(N) if G is None else G, (torch.zeros(P) if base is None else base).expand(len(a), P)
+    return torch.tensor([[sum(float(G[n]) * float(a[l, n]) * float(theta[n, p]) for n in range(N)) + float(base[l, p])
+                          for p in range(P)] for l in range(len(a))])
 
 
 @pytest.mark.parametrize("N, G, base", [
@@ -149,7 +156,7 @@ def test_every_parameter_of_a_filled_vit_is_the_hand_sum(depth, init):
             first, _, third = (dict(gene[0].named_parameters())[name] for gene in genes)
             gain = 1.0 if init == "delta" and name in ("norm1.weight", "norm2.weight") else 0.0
             torch.testing.assert_close(p, gain + first + (2 * x * x - 1) * third, atol=1e-5, rtol=1e-5)
-    assert set(al.stem_of(net)) == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "fc_norm.weight", "fc_norm.bias"}
+    assert " ".join(al.stem_of(net)) == "pos_embed patch_embed.proj.weight patch_embed.proj.bias fc_norm.weight fc_norm.bias"
     assert all(torch.equal(p, al.stem_of(donor)[n]) for n, p in al.stem_of(net).items())
     assert torch.equal(net.head.weight, head)
 
@@ -160,8 +167,9 @@ def numel(group):
 
 def test_groups_of_swin_tiny():
     """Four stages, four learngene parts: 2, 2, 6 and 2 blocks; W-MSA and SW-MSA share, the index of positions is no parameter."""
+    args = al.settings(["--size", "swin_t", "--image-size", "224"])
     with torch.device("meta"):
-        net, ours = torchvision.models.swin_t(), al.backbone(al.settings(["--size", "swin_t", "--image-size", "224"]), (2, 2, 6, 2), 1000)
+        net, ours = torchvision.models.swin_t(), al.backbone(args, (2, 2, 6, 2), 1000)
     groups = al.block_groups(net)
     assert [len(group.blocks) for group in groups] == [2, 2, 6, 2]
     assert [numel(group) for group in groups] == [112_347, 445_878, 1_776_492, 7_091_928]
@@ -210,7 +218,7 @@ def test_a_filled_swin_is_the_hand_sum_within_each_stage(depths):
 
 def test_eq_4_by_hand():
     """Predicted (0.7, 0.2, 0.1) and (0.1, 0.1, 0.8); as classes, as one-hot rows, as probabilities (TLEG's soft labels)."""
-    y_hat = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).log() + torch.tensor([[3.0], [-2.0]])            # softmax forgets constants
+    y_hat = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).log() + torch.tensor([[3.0], [-2.0]])      # constants do not matter
     by_hand = -(math.log(0.7) + math.log(0.1)) / 2
     assert al.loss_ce(torch.tensor([0, 1]), y_hat).item() == pytest.approx(by_hand, rel=1e-6)
     assert al.loss_ce(torch.tensor([[1., 0, 0], [0, 1, 0]]), y_hat).item() == pytest.approx(by_hand, rel=1e-6)
@@ -219,12 +227,13 @@ def test_eq_4_by_hand():
     assert al.loss_ce(soft, y_hat).item() == pytest.approx(by_hand, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="loss_ce has no ignore_index: a mask with unlabelled pixels stops the run with an IndexError")
+@bug("loss_ce has no ignore_index: a mask with unlabelled pixels stops the run with an IndexError")
 def test_eq_4_leaves_out_ignored_pixels():
     """Segmentation: logits (B, C, S, S), masks (B, S, S); the mean is over labelled pixels."""
     torch.manual_seed(0)
     y_hat, y = torch.randn(2, 3, 2, 2), torch.tensor([[[0, 255], [2, 1]], [[255, 255], [1, 0]]])
-    losses = [-y_hat[b, :, i, j].log_softmax(0)[y[b, i, j]].item() for b in range(2) for i in range(2) for j in range(2) if y[b, i, j] < 3]
+    labelled = [(b, i, j) for b, i, j in itertools.product(range(2), repeat=3) if y[b, i, j] < 3]
+    losses = [-y_hat[b, :, i, j].log_softmax(0)[y[b, i, j]].item() for b, i, j in labelled]
     assert al.loss_ce(y, y_hat).item() == pytest.approx(sum(losses) / 5, rel=1e-5)
 
 
@@ -244,7 +253,7 @@ def test_eq_5_by_hand():
 
 
 def test_eq_5_is_minus_torchvisions_focal_loss():
-    """Two classes with logits (0, z): the softmax of class 1 is a sigmoid, and Eq. (5) without its penalty the focal loss, negated."""
+    """Two classes with logits (0, z): the softmax of class 1 is a sigmoid, and Eq. (5) without penalty minus the focal loss."""
     torch.manual_seed(0)
     z, y = torch.randn(50) * 3, torch.randint(2, (50,))
     for gamma in (1.0, 2.0, 3.5):
@@ -371,7 +380,7 @@ def drawn(tmp_path_factory):
 
 
 def flags(drawn, output, *more):
-    return [*TINY, "--data-dir", str(drawn), "--output", str(output), *map(str, more)]
+    return [*TINY, "--data-dir", str(drawn), "--output", str(output), *(word for text in more for word in str(text).split())]
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +399,7 @@ def made(drawn, tmp_path_factory):
 def other(drawn, tmp_path_factory):
     """The pool of another seed, two learngenes."""
     folder = tmp_path_factory.mktemp("other")
-    al.main(flags(drawn, folder, "--data", ",".join(STREAM[:2]), "--seed", "1"))
+    al.main(flags(drawn, folder, "--data", ",".join(STREAM[:2]), "--seed 1"))
     return folder / "pool"
 
 
@@ -447,12 +456,13 @@ def test_only_the_new_learngene_and_its_head_are_trained(made):
 
 def test_a_shared_stem_trains_on(drawn, tmp_path):
     """--stem shared: every file has a stem of its own, descendants get the last one, older learngenes stay as they are."""
-    al.main(flags(drawn, tmp_path, "--data", STREAM[0], "--stem", "shared"))
+    al.main(flags(drawn, tmp_path, "--data", STREAM[0], "--stem shared"))
     before = snapshot(tmp_path / "pool")
-    al.main(flags(drawn, tmp_path, "--data", STREAM[1], "--stem", "shared"))
+    al.main(flags(drawn, tmp_path, "--data", STREAM[1], "--stem shared"))
     assert before.items() <= snapshot(tmp_path / "pool").items()
     first, second = records_of(tmp_path / "pool")
-    assert first["stem"].keys() == second["stem"].keys() and all((first["stem"][n] != second["stem"][n]).any() for n in first["stem"])
+    assert first["stem"].keys() == second["stem"].keys()
+    assert not any(torch.equal(first["stem"][n], second["stem"][n]) for n in first["stem"])
     net = al.fill_from(open_pool(drawn, tmp_path, "--stem", "shared"), small_vit(), (1, 0))
     assert all(torch.equal(p, second["stem"][n]) for n, p in al.stem_of(net).items())
 
@@ -475,8 +485,8 @@ def test_logits_of_earlier_datasets_are_bit_identical(drawn, made):
                 more = al.fill_from(pool, small_vit(2, task.num_classes).eval(), (1,) * 3)
                 more.head.load_state_dict(record["head"])
                 assert al.logits_hash(more(x)) != record["logits"]
-    said = log_of(made[0], "pool")
-    assert [(r["learngene"], r["kept"], r["earlier"]) for r in said] == [(1, 0, 0), (2, 0, 0), (3, 0, 0)]      # one at hand each time
+    said = [(r["learngene"], r["kept"], r["earlier"]) for r in log_of(made[0], "pool")]
+    assert said == [(1, 0, 0), (2, 0, 0), (3, 0, 0)]         # each run had one dataset at hand
 
 
 def test_a_run_over_all_datasets_reports_what_was_kept(drawn, made, tmp_path):
@@ -530,13 +540,13 @@ def test_the_training_of_a_learngene_written_out(drawn, made, tmp_path):
 
 def test_gene_masks():
     """All learngenes in half of the steps, each with chance 1/5 in the others; of seed and number alone."""
-    args = al.settings(["--gene-dropout", "0.4", "--gene-keep", "0.3"])
+    args, other = (al.settings(f"--gene-dropout 0.4 --gene-keep 0.3 --seed {seed}".split()) for seed in (0, 1))
     torch.manual_seed(1)
     masks = al.gene_masks(20000, 5, args, 6)
     state = torch.get_rng_state()
     assert torch.equal(al.gene_masks(20000, 5, args, 6), masks) and torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(al.gene_masks(20000, 5, args, 7), masks)
-    assert not torch.equal(al.gene_masks(20000, 5, al.settings(["--gene-dropout", "0.4", "--gene-keep", "0.3", "--seed", "1"]), 6), masks)
+    assert not torch.equal(al.gene_masks(20000, 5, other, 6), masks)
     assert masks.shape == (20000, 5) and set(masks.unique().tolist()) == {0, 1}
     near = lambda value, p: abs(value - p) < 5 * math.sqrt(p * (1 - p) / 20000)
     assert near(masks.all(1).float().mean().item(), 0.6 + 0.4 * 0.3 ** 5)
@@ -551,7 +561,7 @@ def test_gene_masks():
 
 @pytest.mark.parametrize("init", ["delta", "block", "zero"])
 def test_layer_norms_of_fresh_learngenes(init):
-    """delta: gains of 1 for every selection. block: the sum of the coefficients, which swings. zero: learngene 1's alone. Biases 0."""
+    """delta: gains of 1 for every selection. block: the sum of the coefficients, which swings. zero: learngene 1's alone."""
     settings = {"basis": "chebyshev", "first_order": 0, "init": init}
     genes = [al.new_learngene(small_vit(), init, first=n == 0) for n in range(4)]
     theta = [torch.stack([al.flat(gene[0]) for gene in genes]).detach()]
@@ -565,8 +575,9 @@ def test_layer_norms_of_fresh_learngenes(init):
             assert not block.attn.qkv.bias.any() and not block.mlp.fc1.bias.any()
 
 
-@pytest.mark.parametrize("init, scale, first, std", [("delta", 1.0, True, 0.02), ("delta", 0.5, True, 0.02), ("delta", 0.5, False, 0.01),
-                                                     ("block", 2.0, False, 0.04), ("zero", 1.0, True, 0.02), ("zero", 1.0, False, 0.0)])
+@pytest.mark.parametrize("init, scale, first, std", [
+    ("delta", 1.0, True, 0.02), ("delta", 0.5, True, 0.02), ("delta", 0.5, False, 0.01), ("block", 2.0, False, 0.04),
+    ("zero", 1.0, True, 0.02), ("zero", 1.0, False, 0.0)])
 def test_matrices_of_fresh_learngenes(init, scale, first, std):
     torch.manual_seed(0)
     gene = al.new_learngene(small_vit(width=64), init, scale, first)
@@ -577,8 +588,8 @@ def test_matrices_of_fresh_learngenes(init, scale, first, std):
 
 
 def test_a_zero_learngene_starts_as_the_network_was(drawn, tmp_path):
-    """--init zero, no training: dataset 2's network is dataset 1's, and still the new learngene would learn: its gradient is not zero."""
-    al.main(flags(drawn, tmp_path, "--data", ",".join(STREAM[:2]), "--init", "zero", "--ancestry-epochs", "0"))
+    """--init zero, no training: dataset 2's network is dataset 1's, and yet the new learngene has a gradient."""
+    al.main(flags(drawn, tmp_path, "--data", ",".join(STREAM[:2]), "--init zero --ancestry-epochs 0"))
     records = records_of(tmp_path / "pool")
     assert not any(p.any() for p in records[1]["gene"].values())
     pool, x = open_pool(drawn, tmp_path, "--init", "zero"), task_of(drawn, "kinds").examples("val")[0]
@@ -618,21 +629,30 @@ def bump(part, name):
     return change
 
 
+def changed(number, change):
+    return lambda pool, _: rewrite(pool / f"learngene-{number:02d}.pt", change)
+
+
+def cut(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+
+
 DAMAGES = {
-    "one number of a learngene": (lambda pool, _: rewrite(pool / "learngene-02.pt", bump("gene", "0.mlp.fc1.weight")), "learngene-02.pt was changed"),
-    "one number of the stem": (lambda pool, _: rewrite(pool / "learngene-01.pt", bump("stem", "pos_embed")), "learngene-01.pt was changed"),
-    "one number of a head": (lambda pool, _: rewrite(pool / "learngene-03.pt", bump("head", "weight")), "learngene-03.pt was changed"),
-    "its accuracy": (lambda pool, _: rewrite(pool / "learngene-03.pt", lambda r: r.update(val=99.0)), "learngene-03.pt was changed"),
-    "its settings": (lambda pool, _: rewrite(pool / "learngene-01.pt", lambda r: r["settings"].update(basis="legendre")), "changed"),
-    "its hash": (lambda pool, _: rewrite(pool / "learngene-01.pt", lambda r: r.update(hash="0" * 64)), "changed"),
+    "one number of a learngene": (changed(2, bump("gene", "0.mlp.fc1.weight")), "learngene-02.pt was changed"),
+    "one number of the stem": (changed(1, bump("stem", "pos_embed")), "learngene-01.pt was changed"),
+    "one number of a head": (changed(3, bump("head", "weight")), "learngene-03.pt was changed"),
+    "its accuracy": (changed(3, lambda r: r.update(val=99.0)), "learngene-03.pt was changed"),
+    "its settings": (changed(1, lambda r: r["settings"].update(basis="legendre")), "learngene-01.pt was changed"),
+    "its hash": (changed(1, lambda r: r.update(hash="0" * 64)), "learngene-01.pt was changed"),
     "a file of another pool in place 2": (lambda pool, other: shutil.copy(other / "learngene-02.pt", pool), "another lineage"),
     "a file of another pool in place 1": (lambda pool, other: shutil.copy(other / "learngene-01.pt", pool), "another lineage"),
     "another place": (lambda pool, _: shutil.copy(pool / "learngene-01.pt", pool / "learngene-04.pt"), "another lineage"),
     "a hole": (lambda pool, _: (pool / "learngene-02.pt").unlink(), "learngene-03.pt where learngene-02.pt should be"),
     "no first": (lambda pool, _: (pool / "learngene-01.pt").unlink(), "learngene-02.pt where learngene-01.pt should be"),
-    "half a file": (lambda pool, _: (pool / "learngene-03.pt").write_bytes((pool / "learngene-03.pt").read_bytes()[:5000]), "learngene-03.pt"),
-    "an empty file": (lambda pool, _: (pool / "learngene-01.pt").write_bytes(b""), "learngene-01.pt is not a readable checkpoint"),
-    "a checkpoint of a training": (lambda pool, _: shutil.copy(pool.parent / "learngene-02.pt", pool / "learngene-04.pt"), "learngene-04.pt"),
+    "half a file": (lambda pool, _: cut(pool / "learngene-03.pt", 5000), "learngene-03.pt is not a readable checkpoint"),
+    "an empty file": (lambda pool, _: cut(pool / "learngene-01.pt", 0), "learngene-01.pt is not a readable checkpoint"),
+    "a checkpoint of a training": (lambda pool, _: shutil.copy(pool.parent / "learngene-02.pt", pool / "learngene-04.pt"),
+                                   "learngene-04.pt holds stage"),
 }
 
 
@@ -656,7 +676,7 @@ def test_a_damaged_pool_is_refused_and_left_alone(damage, drawn, made, other, tm
     ("--init block", "init delta, asked for block"), ("--size drawn-swin", "size drawn-tiny, asked for drawn-swin")])
 def test_a_pool_of_another_kind_is_refused(more, words, drawn, made, capsys):
     before = snapshot(made[0])
-    refuses(capsys, lambda: al.main(flags(drawn, made[0], *more.split(), "--data", "pedestrian")), words)
+    refuses(capsys, lambda: al.main(flags(drawn, made[0], *more.split(), "--data pedestrian")), words)
     assert snapshot(made[0]) == before
 
 
@@ -695,7 +715,7 @@ def write_images(folder, classes, count, seed=0):
 
 
 def test_a_folder_of_images_is_one_more_learngene(drawn, made, tmp_path, capsys):
-    """Appended at the end, older files untouched. Changed later (a class more, an image more) it is refused, learned again it is not."""
+    """Appended at the end, older files untouched. The same folder is passed over; with a class or an image more it is refused."""
     folder, images = copy_of(made, tmp_path, 2), tmp_path / "mine"
     write_images(images, ("ant", "bee", "cow"), 5)
     before = snapshot(folder / "pool")
@@ -715,7 +735,7 @@ def test_a_folder_of_images_is_one_more_learngene(drawn, made, tmp_path, capsys)
 
 
 def tiny_record(n):
-    return dict(gene={"0.w": torch.full((2,), float(n))}, stem={}, head={}, dataset=f"d{n}", class_names=["a", "b"], counts={}, depths=[1], seed=0)
+    return dict(gene={"0.w": torch.full((2,), float(n))}, stem={}, head={}, dataset=f"d{n}", class_names=["a", "b"], counts={})
 
 
 def test_theta_has_a_row_per_learngene(tmp_path):
@@ -728,7 +748,7 @@ def test_theta_has_a_row_per_learngene(tmp_path):
         assert len(again) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="Pool sorts names as text: learngene-100.pt comes before learngene-11.pt, and the pool is refused")
+@bug("Pool sorts names as text: learngene-100.pt comes before learngene-11.pt, and the pool is refused")
 def test_a_pool_of_more_than_a_hundred(tmp_path):
     pool = al.Pool(tmp_path, {}, torch.device("cpu"))
     for n in range(1, 102):
@@ -737,7 +757,7 @@ def test_a_pool_of_more_than_a_hundred(tmp_path):
     assert len(al.Pool(tmp_path, {}, torch.device("cpu"))) == 101
 
 
-@pytest.mark.xfail(strict=True, reason="--pool and --output in one place: checkpoints of a training look like learngenes, so a stopped run cannot go on")
+@bug("--pool and --output in one place: checkpoints of a training look like learngenes, so a stopped run cannot go on")
 def test_a_pool_in_the_run_directory_itself(drawn, tmp_path, monkeypatch):
     """Refused before anything is written, or resumable."""
     argv = flags(drawn, tmp_path / "run", "--pool", tmp_path / "run", "--data", STREAM[0])
@@ -780,11 +800,12 @@ def test_class_means_with_two_images_per_class_and_an_absent_class():
     """Images at (1, 0), (0, -1) and (0, 1), (-1, 0): each is compared to the other of its class, not to itself."""
     f, y = torch.tensor([[1., 0.], [0., 1.], [-1., 0.], [0., -1.]]), torch.tensor([0, 1, 1, 0])
     logits = al.ncm_logits(f, y, 3)
-    assert logits[0].tolist() == pytest.approx([0, -10 / 2 ** 0.5, 0], abs=1e-5)          # its own (0, -1); class 1: (-1, 1); class 2: none
+    # image 0 beside (0, -1) of its own class, the sum (-1, 1) of class 1, and nothing of class 2
+    assert logits[0].tolist() == pytest.approx([0, -10 / 2 ** 0.5, 0], abs=1e-5)
     assert al.ncm_logits(f, y, 3, temperature=1.0)[1].tolist() == pytest.approx([-1 / 2 ** 0.5, 0, 0], abs=1e-5)
     f = torch.tensor([[2., 1.], [2., -1.], [-2., 1.], [-2., -1.]])
-    logits = al.ncm_logits(f, torch.tensor([0, 0, 1, 1]), 2)
-    assert logits.tolist() == [pytest.approx([10 * 0.6, -10 * 2 / 5 ** 0.5], rel=1e-5)] * 2 + [pytest.approx([-10 * 2 / 5 ** 0.5, 6], rel=1e-5)] * 2
+    logits, own, away = al.ncm_logits(f, torch.tensor([0, 0, 1, 1]), 2), 10 * (4 - 1) / 5, -10 * 2 / 5 ** 0.5
+    assert logits.tolist() == [pytest.approx([own, away], rel=1e-5)] * 2 + [pytest.approx([away, own], rel=1e-5)] * 2
 
 
 def test_class_means_of_pure_noise_are_at_chance():
@@ -793,7 +814,8 @@ def test_class_means_of_pure_noise_are_at_chance():
     for _ in range(50):
         f, y = torch.randn(40, 64, generator=generator), torch.arange(40) % 20
         hits += (al.ncm_logits(f, y, 20).argmax(1) == y).sum().item()
-        assert (F.normalize(f - f.mean(0), dim=1) @ torch.stack([f[y == c].mean(0) for c in range(20)]).T).argmax(1).eq(y).float().mean() > 0.5
+        means = torch.stack([f[y == c].mean(0) for c in range(20)])
+        assert ((f @ means.T).argmax(1) == y).float().mean() > 0.5
     assert hits / 2000 < 0.08                                # chance 0.05, minus what leaving out costs
 
 
@@ -814,8 +836,9 @@ def noise_task(counts, name="noise", size=8, seed=0):
     """A task with so many training images per class, all of them noise."""
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.repeat(np.arange(len(counts)), counts))
-    images = {s: rng.integers(0, 256, (n, 3, size, size), dtype=np.uint8) for s, n in (("train", len(y)), ("val", 2), ("test", 2))}
-    return data.make_task(name, [f"c{i}" for i in range(len(counts))], images, {"train": y, "val": np.array([0, 1]), "test": np.array([0, 1])})
+    labels = {"train": y, "val": np.array([0, 1]), "test": np.array([0, 1])}
+    images = {s: rng.integers(0, 256, (len(l), 3, size, size), dtype=np.uint8) for s, l in labels.items()}
+    return data.make_task(name, [f"c{i}" for i in range(len(counts))], images, labels)
 
 
 def test_reward_rows():
@@ -868,7 +891,7 @@ def search_args(*more):
 
 @pytest.mark.parametrize("genes", [0, 4])
 def test_reinforce_finds_what_exhaustive_finds(genes):
-    """Ten landscapes of 1,023 (or 210) subsets, as many steps and samples as by default: within 0.02 of the best, 9 times or more."""
+    """Ten landscapes of 1,023 (or 210) subsets, default steps and samples: within 0.02 of the best, 9 times or more."""
     gaps, visited = [], []
     for seed in range(10):
         value = landscape(seed)
@@ -942,7 +965,7 @@ def test_rewards_are_computed_once_and_survive_a_restart(tmp_path):
     assert again.best() == (1, 1, 1) and again.best(1) == (0, 1, 0) and again.best(2) == (1, 0, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="Rewards appends to the torn line, so that subset is computed at every restart to come")
+@bug("Rewards appends to the torn line, so that subset is computed at every restart to come")
 def test_a_torn_line_is_torn_once(tmp_path):
     path = tmp_path / "rewards.jsonl"
     path.write_text('[[1, 0], 0.5, 50.0]\n[[0, 1], 0.2')
@@ -963,20 +986,20 @@ def test_among_equals_the_first(tmp_path):
 def lit_task(classes=3, count=12, name="lit"):
     """Every class has its own brightness: any network tells them apart."""
     rng = np.random.default_rng(0)
-    y = {"train": np.repeat(np.arange(classes), count), "val": np.arange(classes), "test": np.arange(classes)}
-    images = {s: (20 + 90 * labels[:, None, None, None] + rng.integers(0, 20, (len(labels), 3, 32, 32))).astype(np.uint8) for s, labels in y.items()}
-    return data.make_task(name, [f"c{i}" for i in range(classes)], images, y)
+    labels = {"train": np.repeat(np.arange(classes), count), "val": np.arange(classes), "test": np.arange(classes)}
+    light = {s: 20 + 90 * y[:, None, None, None] + rng.integers(0, 20, (len(y), 3, 32, 32)) for s, y in labels.items()}
+    return data.make_task(name, [f"c{i}" for i in range(classes)], {s: x.astype(np.uint8) for s, x in light.items()}, labels)
 
 
 def select(drawn, made, folder, task, *more):
-    args = al.settings(flags(drawn, folder, "--stage", "select", "--data", "kinds", *more))
+    args = al.settings(flags(drawn, folder, "--stage select --data kinds", *more))
     return al.select(common.Run(folder, {}, CPU), args, CPU, open_pool(drawn, made[0]), task, (3,))
 
 
 @pytest.mark.parametrize("head", ["ncm", "ridge"])
 def test_rewards_of_a_task_from_the_files_alone(head, drawn, made, tmp_path):
     """Three subsets at depth 3: a float64 network of plain sums, its features, the head's formula, Eq. (5) image by image."""
-    args = al.settings(flags(drawn, tmp_path, "--stage", "select", "--data", "kinds", "--reward-head", head, "--reward-share", "0.3", "--seed", "4"))
+    args = al.settings(flags(drawn, tmp_path, "--stage select --data kinds --reward-head", head, "--reward-share 0.3 --seed 4"))
     task, records = task_of(drawn, "kinds"), records_of(made[0] / "pool")
     rewards, chance = al.make_rewards(common.Run(tmp_path, {}, CPU), args, CPU, open_pool(drawn, made[0]), task, (3,))
     rows = al.reward_rows(task, 0.3, 4)
@@ -996,7 +1019,7 @@ def test_the_trained_reward_head_never_sees_the_reward_set(drawn, made, tmp_path
     seen, fit = [], data.fit
     monkeypatch.setattr(data, "fit", lambda net, task, *more: seen.append(task) or fit(net, task, *more))
     task = task_of(drawn, "kinds")
-    G = select(drawn, made, tmp_path, task, "--reward-head", "trained", "--reward-images", "40", "--search", "exhaustive", "--genes", "2")
+    G = select(drawn, made, tmp_path, task, "--reward-head trained --reward-images 40 --search exhaustive --genes 2")
     assert sum(G) == 2 and len(seen) == 3 + 3                # the pairs, then one by one
     rows = al.reward_rows(task, 0.1, 0)
     assert all(len(rest.labels["train"]) == 80 - len(rows) for rest in seen)
@@ -1006,7 +1029,7 @@ def test_the_trained_reward_head_never_sees_the_reward_set(drawn, made, tmp_path
 
 @pytest.mark.parametrize("search", ["reinforce", "exhaustive", "greedy"])
 def test_select_says_and_logs_what_it_saw(search, drawn, made, tmp_path, capsys):
-    G = select(drawn, made, tmp_path, lit_task(), "--search", search, "--reward-share", "0.5")
+    G = select(drawn, made, tmp_path, lit_task(), "--search", search, "--reward-share 0.5")
     (record,) = log_of(tmp_path, "select")
     assert record["learngenes"] == [n for n in (1, 2, 3) if G[n - 1]] and len(G) == 3
     assert set(record["singles"]) == {"1", "2", "3"} and record["search"] == search and record["depths"] == [3]
@@ -1019,7 +1042,7 @@ def test_select_says_and_logs_what_it_saw(search, drawn, made, tmp_path, capsys)
 @pytest.mark.parametrize("head", ["ncm", "ridge"])
 def test_a_reward_at_chance_is_a_warning(head, drawn, made, tmp_path, capsys):
     """Noise with random labels: the search ends, and says that its result means nothing."""
-    select(drawn, made, tmp_path, noise_task([40, 40], size=32), "--reward-head", head, "--reward-share", "0.5")
+    select(drawn, made, tmp_path, noise_task([40, 40], size=32), "--reward-head", head, "--reward-share 0.5")
     assert "warning: that accuracy is no better than chance" in capsys.readouterr().out
 
 
@@ -1029,16 +1052,16 @@ def test_the_asked_number_of_learngenes(genes, drawn, made, tmp_path):
 
 
 def test_more_learngenes_than_there_are(drawn, made, tmp_path, capsys):
-    refuses(capsys, lambda: select(drawn, made, tmp_path, lit_task(), "--genes", "4"), "--genes 4", "has 3 learngenes")
+    refuses(capsys, lambda: select(drawn, made, tmp_path, lit_task(), "--genes 4"), "--genes 4", "has 3 learngenes")
 
 
 def test_selecting_twice_costs_nothing(drawn, made, tmp_path, monkeypatch):
-    first = select(drawn, made, tmp_path, lit_task(), "--search", "exhaustive")
+    first = select(drawn, made, tmp_path, lit_task(), "--search exhaustive")
     monkeypatch.setattr(al, "fill_from", lambda *_: pytest.fail("computed again"))
-    assert select(drawn, made, tmp_path, lit_task(), "--search", "exhaustive") == first
+    assert select(drawn, made, tmp_path, lit_task(), "--search exhaustive") == first
 
 
-@pytest.mark.xfail(strict=True, reason="best() takes from everything in the rewards file, so a search returns what another one found before it")
+@bug("best() takes from everything in the rewards file, so a search returns what another one found before it")
 def test_a_search_returns_what_it_found_itself(drawn, made, tmp_path):
     """greedy alone, and greedy after exhaustive in the same directory: the same subset, as many looked at."""
     table = {(1, 0, 0): 0.5, (0, 1, 0): 0.2, (0, 0, 1): 0.1, (0, 1, 1): 0.9}
@@ -1053,13 +1076,14 @@ def test_a_search_returns_what_it_found_itself(drawn, made, tmp_path):
     assert results[0] == results[1]
 
 
-@pytest.mark.xfail(strict=True, reason="the name of the rewards file does not depend on the images: a task redrawn at another size finds old rewards")
+@bug("the name of the rewards file does not depend on the images: a task redrawn at another size finds old rewards")
 def test_rewards_of_other_images_are_not_reused(drawn, made, tmp_path):
     """Scenes at 48 and at 32 pixels: --stage segment and --stage select look at different images."""
     found = []
     for size in (48, 32):
-        args = al.settings(flags(drawn, tmp_path, "--stage", "select", "--data", "scenes"))
-        rewards, _ = al.make_rewards(common.Run(tmp_path, {}, CPU), args, CPU, open_pool(drawn, made[0]), task_of(drawn, "scenes", size), (2,))
+        args = al.settings(flags(drawn, tmp_path, "--stage select --data scenes"))
+        task = task_of(drawn, "scenes", size)
+        rewards, _ = al.make_rewards(common.Run(tmp_path, {}, CPU), args, CPU, open_pool(drawn, made[0]), task, (2,))
         found.append(dict(rewards.seen))
         rewards(torch.tensor([[1, 0, 0]]))
     assert not found[1]
@@ -1074,7 +1098,7 @@ def test_patches_of_scenes_are_examples(drawn, made, tmp_path):
     rows = torch.randperm(12, generator=data.generator(0, 7))[:6]
     masks[rows[0], :16, :16] = 5
     task = dataclasses.replace(task, labels={**task.labels, "train": torch.from_numpy(masks)})
-    args = al.settings(flags(drawn, tmp_path, "--stage", "select", "--data", "scenes", "--reward-share", "0.5"))
+    args = al.settings(flags(drawn, tmp_path, "--stage select --data scenes --reward-share 0.5"))
     rewards, chance = al.make_rewards(common.Run(tmp_path, {}, CPU), args, CPU, open_pool(drawn, made[0]), task, (2,))
     net, f, y = hand_vit(records, (1, 0, 1)), [], []
     for i in rows.tolist():
@@ -1087,7 +1111,8 @@ def test_patches_of_scenes_are_examples(drawn, made, tmp_path):
             y.append(max(range(9), key=lambda k: labels[k]) if 2 * labelled >= 256 else 255)
     usable = [i for i in range(24) if y[i] < 9 and Counter(y)[y[i]] > 1]
     f, y = torch.stack([f[i] for i in usable]).float(), torch.tensor([y[i] for i in usable])
-    assert set(y.tolist()) == {0, 1, 2} and 9 <= len(y) < 23 and chance == pytest.approx(100 * max(Counter(y.tolist()).values()) / len(y))
+    assert set(y.tolist()) == {0, 1, 2} and 9 <= len(y) < 23
+    assert chance == pytest.approx(100 * max(Counter(y.tolist()).values()) / len(y))
     expected = al.reward(al.ncm_logits(f, y, 9), y, torch.tensor([1., 0., 1.])).item()
     assert rewards(torch.tensor([[1, 0, 1]])).item() == pytest.approx(expected, abs=2e-3)
 
@@ -1101,13 +1126,14 @@ def test_descendants_are_shallower_or_deeper(depth, drawn, made):
     """Learngenes of two-layer networks in one of any depth: the coefficients are those of the new depth."""
     G, x = (0, 1, 1), task_of(drawn, "kinds").examples("val")[0]
     net = al.fill_from(open_pool(drawn, made[0]), small_vit(depth).eval(), G)
+    by_hand = hand_vit(records_of(made[0] / "pool"), G, depth)
     with torch.no_grad():
-        torch.testing.assert_close(net.encode(x).double(), hand_vit(records_of(made[0] / "pool"), G, depth).encode(x.double()), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(net.encode(x).double(), by_hand.encode(x.double()), atol=1e-4, rtol=1e-4)
 
 
 def test_a_descendant_of_fewer_learngenes_has_the_stem_of_then(drawn, tmp_path):
     """--stem shared, first learngene alone: the first stem, not the last."""
-    al.main(flags(drawn, tmp_path, "--data", ",".join(STREAM[:2]), "--stem", "shared"))
+    al.main(flags(drawn, tmp_path, "--data", ",".join(STREAM[:2]), "--stem shared"))
     pool = open_pool(drawn, tmp_path, "--stem", "shared")
     for count in (1, 2):
         net = al.fill_from(pool, small_vit(), (1,) * count, count)
@@ -1115,12 +1141,14 @@ def test_a_descendant_of_fewer_learngenes_has_the_stem_of_then(drawn, tmp_path):
 
 
 def test_learngenes_of_other_patches_are_one_sentence(drawn, made, capsys):
-    refuses(capsys, lambda: al.fill_from(open_pool(drawn, made[0]), ViT(ViTConfig(32, 8, 32, 2, 4, 10, pool="avg")), (1, 1, 1)), "does not fit", "--patch")
+    pool, net = open_pool(drawn, made[0]), ViT(ViTConfig(32, 8, 32, 2, 4, 10, pool="avg"))
+    refuses(capsys, lambda: al.fill_from(pool, net, (1, 1, 1)), "does not fit this network", "--patch")
 
 
-@pytest.mark.xfail(strict=True, reason="fill composes before it compares shapes: another width is a RuntimeError of addmm, not its sentence")
+@bug("fill composes before it compares shapes: another width is a RuntimeError of addmm, not its sentence")
 def test_learngenes_of_another_width_are_one_sentence(drawn, made, capsys):
-    refuses(capsys, lambda: al.fill_from(open_pool(drawn, made[0]), small_vit(width=16), (1, 1, 1)), "does not fit this network", "--size")
+    pool = open_pool(drawn, made[0])
+    refuses(capsys, lambda: al.fill_from(pool, small_vit(width=16), (1, 1, 1)), "does not fit this network", "--size")
 
 
 def test_constrained_training_keeps_eq_8(drawn, made, tmp_path, monkeypatch):
@@ -1129,15 +1157,16 @@ def test_constrained_training_keeps_eq_8(drawn, made, tmp_path, monkeypatch):
     before, used = snapshot(made[0] / "pool"), []
 
     def spy(net, weights, x):
-        used.append(({n: p.detach().clone() for n, p in weights.items()}, {n: p.detach().clone() for n, p in al.stem_of(net).items()}))
+        used.append([{n: p.detach().clone() for n, p in part.items()} for part in (weights, al.stem_of(net))])
         return functional_call(net, weights, x)
     monkeypatch.setattr(al, "functional_call", spy)
-    args = al.settings(flags(drawn, tmp_path, "--stage", "train", "--data", "kinds", "--constrained", "--train-epochs", "1", "--train-lr", "1e-2"))
+    args = al.settings(flags(drawn, tmp_path, "--stage train --data kinds --constrained --train-epochs 1 --train-lr 1e-2"))
     pool, records = open_pool(drawn, made[0]), records_of(made[0] / "pool")
     al.train_one(common.Run(tmp_path, {}, CPU), args, CPU, pool, task_of(drawn, "kinds"), (4,), "adaptive", (1, 0, 1), 0)
     (file,) = tmp_path.glob("train-*.pt")
     trained = torch.load(file, weights_only=True)["model"]
-    assert {n.split(".")[0] for n in trained} == {"genes", "head"} and {n.split(".")[1] for n in trained if n[0] == "g"} == {"0", "1"}
+    assert {n.split(".")[0] for n in trained} == {"genes", "head"}
+    assert {n.split(".")[1] for n in trained if n.startswith("genes")} == {"0", "1"}
     after = [{n.split(".", 2)[2]: p for n, p in trained.items() if n.startswith(f"genes.{k}.")} for k in (0, 1)]
     for weights, genes in ((used[0][0], [records[0]["gene"], records[2]["gene"]]), (used[-1][0], after)):
         for l in range(4):
@@ -1157,13 +1186,17 @@ def test_constrained_training_keeps_eq_8(drawn, made, tmp_path, monkeypatch):
 def test_both_trainings_start_at_the_same_network(drawn, made):
     """Eq. (8) as initialisation only, or kept: the same logits before the first step."""
     args, pool, x = al.settings(flags(drawn, made[0])), open_pool(drawn, made[0]), task_of(drawn, "kinds").examples("val")[0]
-    free = al.initialise("adaptive", None, args, CPU, pool, (3,), 10, (0, 1, 1)).eval()
-    _, forward = al.constrained_module(args, CPU, pool, (3,), al.initialise("adaptive", None, args, CPU, pool, (3,), 10, (0, 1, 1)), (0, 1, 1))
+    free, kept = (al.initialise("adaptive", None, args, CPU, pool, (3,), 10, (0, 1, 1)) for _ in range(2))
+    _, forward = al.constrained_module(args, CPU, pool, (3,), kept, (0, 1, 1))
     with torch.no_grad():
         torch.testing.assert_close(forward(x, 0), free(x), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="under autocast the composition runs in bfloat16: gains and coefficients lose 16 bits, and training differs from evaluation")
+half_composed = bug("under autocast the composition runs in bfloat16: LayerNorm refuses such gains on a "
+                                  "CPU, and elsewhere what is trained is not what fill composes")
+
+
+@half_composed
 def test_mixed_precision_composes_in_float32():
     """1 + 1/256 is not a bfloat16 number: a gain of it must not become 1."""
     theta = torch.full((1, 4), 1 / 256)
@@ -1172,8 +1205,9 @@ def test_mixed_precision_composes_in_float32():
     assert Theta.dtype == torch.float32 and (Theta == 1 + 1 / 256).all()
 
 
-@pytest.mark.parametrize("size, block, stem, norm, head", [("tiny", 444_864, 185_664, 384, 193_000), ("small", 1_774_464, 371_328, 768, 385_000),
-                                                           ("base", 7_087_872, 742_656, 1_536, 769_000)])
+@pytest.mark.parametrize("size, block, stem, norm, head", [
+    ("tiny", 444_864, 185_664, 384, 193_000), ("small", 1_774_464, 371_328, 768, 385_000),
+    ("base", 7_087_872, 742_656, 1_536, 769_000)])
 def test_parameter_counts_of_table_4(size, block, stem, norm, head):
     with torch.device("meta"):
         net = common.vit(size, 12)
@@ -1217,8 +1251,8 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("method, depth, kept", [
-    ("heur", 6, {3: 1, 4: 2, 5: 3}), ("heur", 4, {1: 1, 2: 2, 3: 3}), ("heur", 2, {0: 2, 1: 3}),           # the last three, on top
-    ("auto", 6, {0: 0, 1: 1}), ("auto", 4, {0: 0, 1: 1}), ("auto", 1, {0: 0}),                              # the first half, below
+    ("heur", 6, {3: 1, 4: 2, 5: 3}), ("heur", 4, {1: 1, 2: 2, 3: 3}), ("heur", 2, {0: 2, 1: 3}),     # the last three, on top
+    ("auto", 6, {0: 0, 1: 1}), ("auto", 4, {0: 0, 1: 1}), ("auto", 1, {0: 0}),                        # the first half, below
     ("prefine", 4, {0: 0, 1: 1, 2: 2, 3: 3}), ("prefine", 2, {0: 0, 1: 1}), ("scratch", 3, {})])
 def test_what_is_kept_of_the_ancestor(method, depth, kept, monkeypatch):
     """The rest is random, and the same as without any ancestor; so is the head. The stem is the ancestor's."""
@@ -1235,15 +1269,17 @@ def test_what_is_kept_of_the_ancestor(method, depth, kept, monkeypatch):
 
 
 def test_tleg_is_b_plus_a_share_of_a(drawn, tmp_path):
-    """Trained on two layers, used at five: theta_l = theta_B + (l - 1) / 5 theta_A for every parameter; stem copied, head fresh."""
-    al.main(flags(drawn, tmp_path, "--stage", "pretrain", "--method", "tleg"))
+    """Trained on two layers, used at five: theta_l = theta_B + (l - 1) / 5 theta_A; the stem copied, the head fresh."""
+    al.main(flags(drawn, tmp_path, "--stage pretrain --method tleg"))
     saved = torch.load(tmp_path / "tleg-drawn-tiny.pt", weights_only=True)["model"]
     run, args = common.Run(tmp_path, {}, CPU), al.settings(flags(drawn, tmp_path))
     net = al.initialise("tleg", run, args, CPU, None, (5,), 7, None)
     for l, block in enumerate(net.blocks):
         for name, p in block.named_parameters():
-            torch.testing.assert_close(p.detach(), saved[f"genes.0.0.{name}"] + l / 5 * saved[f"genes.1.0.{name}"], atol=1e-6, rtol=1e-5)
-    assert torch.equal(net.pos_embed, saved["stem.pos_embed"]) and torch.equal(net.patch_embed.proj.weight, saved["stem.patch_embed/proj/weight"])
+            theta_B, theta_A = (saved[f"genes.{k}.0.{name}"] for k in (0, 1))
+            torch.testing.assert_close(p.detach(), theta_B + l / 5 * theta_A, atol=1e-6, rtol=1e-5)
+    assert torch.equal(net.pos_embed, saved["stem.pos_embed"])
+    assert torch.equal(net.patch_embed.proj.weight, saved["stem.patch_embed/proj/weight"])
     scratch = al.initialise("scratch", run, args, CPU, None, (5,), 7, None)
     assert torch.equal(net.head.weight, scratch.head.weight)
 
@@ -1281,8 +1317,8 @@ def test_weight_selection_takes_queries_from_queries(monkeypatch):
 
 
 def test_heads_and_feed_forwards_of_peg_are_convex_mixtures(monkeypatch):
-    """An ancestor whose head i marks every fourth number (and layer l likewise) lets the mixture be read off: positive, sums to one;
-    heads 1, 2 share one learngene head and 3, 4 the other (2/3 of 4), lower and upper layers one feed-forward each (1/2 of 4)."""
+    """An ancestor whose head i marks every fourth number (and layer l likewise) lets the mixture be read off: positive, adding
+    up to one. Two learngene heads (2/3 of 4) serve heads 1, 2 and 3, 4; two feed-forwards (1/2 of 4) the lower and upper layers."""
     state = random_state(4)
     for l in range(4):
         weight = torch.zeros(3, 4, 8, 32)
@@ -1294,11 +1330,12 @@ def test_heads_and_feed_forwards_of_peg_are_convex_mixtures(monkeypatch):
             state[f"blocks.{l}.{name}"][..., l::4] = 1
     net = initialised("peg", 6, state, monkeypatch)
     for block in net.blocks:
-        p = block.attn.qkv.weight.detach().view(3, 4, 8, 8, 4)                           # q/k/v, head, row, repetition, ancestor's head
+        p = block.attn.qkv.weight.detach().view(3, 4, 8, 8, 4)                     # q/k/v, head, row, repetition, ancestor's head
         mixture = p[0, :, 0, 0]
         assert (p == mixture[None, :, None, None]).all() and (mixture > 0).all()
         assert mixture.sum(1).tolist() == pytest.approx([1] * 4)
-        assert torch.equal(mixture[0], mixture[1]) and torch.equal(mixture[2], mixture[3]) and not torch.equal(mixture[0], mixture[2])
+        assert torch.equal(mixture[0], mixture[1]) and torch.equal(mixture[2], mixture[3])
+        assert not torch.equal(mixture[0], mixture[2])
     layers = torch.stack([block.mlp.fc1.weight.detach()[0, :4] for block in net.blocks])
     assert layers.sum(1).tolist() == pytest.approx([1] * 6) and (layers > 0).all()
     assert (layers[:3] == layers[0]).all() and (layers[3:] == layers[3]).all() and (layers[0] != layers[3]).any()
@@ -1341,7 +1378,8 @@ def test_random_draws_have_the_asked_size_and_differ():
 
 @pytest.mark.parametrize("method, depth, more, words", [
     ("prefine", 5, (), "cannot make 5 layers of an ancestor with 4"), ("weight-selection", 5, (), "cannot make 5 layers"),
-    ("weight-selection", 2, ("--size", "drawn-base"), "larger than drawn-base"), ("heur", 2, ("--size", "drawn-swin", "--depth", "2,6"), "written for ViT"),
+    ("weight-selection", 2, ("--size", "drawn-base"), "larger than drawn-base"),
+    ("heur", 2, ("--size", "drawn-swin", "--depth", "2,6"), "written for ViT"),
     ("tleg", 2, ("--size", "drawn-swin", "--depth", "2,6"), "written for ViT")])
 def test_impossible_baselines_are_one_sentence(method, depth, more, words, monkeypatch, capsys):
     depths = (2, 6) if "drawn-swin" in more else (depth,)
@@ -1350,9 +1388,9 @@ def test_impossible_baselines_are_one_sentence(method, depth, more, words, monke
     refuses(capsys, lambda: al.initialise(method, None, args, CPU, None, depths, 7, None), words)
 
 
-@pytest.mark.xfail(strict=True, reason="selection() samples --genes of the pool without looking at its size: ValueError instead of a sentence")
+@bug("selection() samples --genes of the pool without looking at its size: ValueError instead of a sentence")
 def test_random_of_more_than_there_are_is_one_sentence(drawn, made, tmp_path, capsys):
-    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--stage", "train", "--data", "kinds", "--method", "random", "--genes", "5",
+    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--stage train --data kinds --method random --genes 5",
                                           "--pool", made[0] / "pool")), "--genes 5")
 
 
@@ -1360,19 +1398,19 @@ def test_random_of_more_than_there_are_is_one_sentence(drawn, made, tmp_path, ca
 def ancestor(drawn, tmp_path_factory):
     """A directory with pretrain-drawn-tiny.pt of two layers."""
     folder = tmp_path_factory.mktemp("ancestor")
-    al.main(flags(drawn, folder, "--stage", "pretrain"))
+    al.main(flags(drawn, folder, "--stage pretrain"))
     return folder
 
 
-@pytest.mark.xfail(strict=True, reason="an ancestor is taken whatever its depth: with --ancestry-depth wrong, heur keeps no block of it and says nothing")
+@bug("an ancestor is taken whatever its depth: with --ancestry-depth wrong, heur keeps no block of it and says nothing")
 def test_an_ancestor_of_another_depth_is_one_sentence(drawn, ancestor, tmp_path, capsys):
-    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--stage", "train", "--data", "kinds", "--method", "heur", "--source", ancestor,
+    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--stage train --data kinds --method heur --source", ancestor,
                                           "--ancestry-depth", "6", "--depth", "6")), "ancest")
 
 
-@pytest.mark.xfail(strict=True, reason="an ancestor is taken whatever its patches: load_state_dict raises instead of a sentence")
+@bug("an ancestor is taken whatever its patches: load_state_dict raises instead of a sentence")
 def test_an_ancestor_of_other_patches_is_one_sentence(drawn, ancestor, tmp_path, capsys):
-    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--stage", "train", "--data", "kinds", "--method", "heur", "--source", ancestor,
+    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--stage train --data kinds --method heur --source", ancestor,
                                           "--patch", "8")), "patch")
 
 
@@ -1380,7 +1418,7 @@ def test_an_ancestor_of_other_patches_is_one_sentence(drawn, ancestor, tmp_path,
 # Segmentation
 # ----------------------------------------------------------------------------------------------------------------------
 
-unlabelled = pytest.mark.xfail(strict=True, reason="loss_ce has no ignore_index: a mask with unlabelled pixels stops the run with an IndexError")
+unlabelled = bug("loss_ce has no ignore_index: a mask with unlabelled pixels stops the run with an IndexError")
 
 
 def test_mean_iou_by_hand():
@@ -1439,9 +1477,10 @@ def test_one_window_is_the_network(drawn):
     torch.testing.assert_close(al.sliding_logits(net, x, 32, 32), net(x).detach())
 
 
-@pytest.mark.xfail(strict=True, reason="--stride beyond --crop leaves pixels that no window covers: 0 / 0, and a score of NaN logits")
+@bug("--stride beyond --crop leaves pixels that no window covers: 0 / 0, and a score of NaN logits")
 def test_windows_must_cover_the_image(capsys):
-    refuses(capsys, lambda: al.settings("--stage segment --data scenes --scene-size 96 --crop 32 --stride 64 --patch 16".split()), "--stride 64")
+    argv = "--stage segment --data scenes --scene-size 96 --crop 32 --stride 64 --patch 16".split()
+    refuses(capsys, lambda: al.settings(argv), "--stride 64")
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -1503,17 +1542,255 @@ def test_decoders_are_alike_and_encoders_the_methods(drawn, made, tmp_path, monk
         built.append((state, {n: p.clone() for n, p in net.state_dict().items() if not n.startswith("encoder.")}))
         return net
     monkeypatch.setattr(al, "Segmenter", spy)
-    al.main(flags(drawn, tmp_path, "--stage", "segment", "--data", "scenes", "--method", "all,scratch,heur", "--depth", "3", "--train-epochs", "2",
+    al.main(flags(drawn, tmp_path, "--stage segment --data scenes --method all,scratch,heur --depth 3 --train-epochs 2",
                   "--pool", made[0] / "pool"))
     (all_, decoder), (scratch, second), (heur, third) = built
     assert same(decoder, second) and same(decoder, third)
-    torch.testing.assert_close(all_["blocks.2.mlp.fc1.weight"].double(),
-                               hand_vit(records_of(made[0] / "pool"), (1, 1, 1), 3).blocks[2].mlp.fc1.weight.detach(), atol=1e-5, rtol=1e-5)
+    by_hand = hand_vit(records_of(made[0] / "pool"), (1, 1, 1), 3).blocks[2].mlp.fc1.weight.detach()
+    torch.testing.assert_close(all_["blocks.2.mlp.fc1.weight"].double(), by_hand, atol=1e-5, rtol=1e-5)
     ancestor = torch.load(tmp_path / "pretrain-drawn-tiny.pt", weights_only=True)["model"]
     assert torch.equal(heur["blocks.2.mlp.fc1.weight"], ancestor["blocks.1.mlp.fc1.weight"])
     assert torch.equal(heur["blocks.0.mlp.fc1.weight"], scratch["blocks.0.mlp.fc1.weight"])
     scores = log_of(tmp_path, "segment")
     assert [r["method"] for r in scores] == ["all", "scratch", "heur"] and all(0 <= r["miou"] <= 100 for r in scores)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs: as a user
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_the_commands_of_the_docstring(drawn, tmp_path, capsys):
+    """All four, in their order and in one directory, with tiny settings in front."""
+    commands = re.findall(r"^    python adaptive_learngene.py(.*?)(?:#.*)?$", al.__doc__, re.M)
+    assert len(commands) == 4
+    write_images(tmp_path / "mine", ("ant", "bee"), 6)
+    for command in commands:
+        argv = command.replace("DIR", str(tmp_path / "mine")).replace("TASK", "kinds").split()
+        al.main([*flags(drawn, tmp_path / "run"), *argv])
+    said = capsys.readouterr().out
+    assert [r["dataset"] for r in records_of(tmp_path / "run" / "pool")] == [*STREAM, str(tmp_path / "mine")]
+    assert "4 learngenes in" in said and re.search(r"kinds: learngenes \[.*\] of 4", said)
+    assert re.search(r"kinds, drawn-tiny x 6, adaptive \[.*\]: \d+\.\d\d % after 40 images \(val\)", said)
+    (result,) = log_of(tmp_path / "run", "train")
+    assert result["depths"] == [6] and result["images"] == 40 and len(result["curve"]) == 2 and result["learngenes"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["stage"] == "train"
+    assert not [f for f in (tmp_path / "run").rglob("*.tmp")]
+
+
+def test_every_method_under_one_schedule(drawn, made, tmp_path, capsys):
+    """All columns of Tables 1 and 2 and of Fig. 4, then once more: finished networks are read, not trained again."""
+    argv = flags(drawn, tmp_path, "--stage train --data kinds --method", ",".join(al.METHODS), "--pool", made[0] / "pool")
+    al.main(argv)
+    results = log_of(tmp_path, "train")
+    assert [r["method"] for r in results] == [m for m in al.METHODS for _ in range(2 if m == "random" else 1)]
+    assert len({(r["images"], r["lr"], r["deployed"], tuple(r["depths"])) for r in results}) == 1
+    assert all(0 <= r["accuracy"] <= 100 and len(r["curve"]) == 2 for r in results)
+    assert all((r["learngenes"] is not None) == (r["method"] in al.OURS) for r in results)
+    assert [r["draw"] for r in results if r["method"] == "random"] == [0, 1]
+    networks = {f.name: f.read_bytes() for f in tmp_path.glob("*.pt")}
+    assert {"pretrain-drawn-tiny.pt", "pretrain-drawn-small.pt", "tleg-drawn-tiny.pt"} < set(networks)
+    al.main(argv)
+    assert log_of(tmp_path, "train")[len(results):] == results
+    assert {f.name: f.read_bytes() for f in tmp_path.glob("*.pt")} == networks
+
+
+def test_ancestors_come_from_source(drawn, tmp_path, ancestor):
+    """--source: made once, used by runs elsewhere; untrained heur then is the ancestor's stem and blocks."""
+    al.main(flags(drawn, tmp_path, "--stage train --data kinds --method heur --source", ancestor, "--train-epochs 1"))
+    assert not (tmp_path / "pretrain-drawn-tiny.pt").exists() and len(log_of(tmp_path, "train")) == 1
+
+
+@pytest.mark.parametrize("options", [
+    "--init block --first-order 1 --basis legendre --pool-type token",
+    "--init zero --stem shared --augment no --clip 0 --basis monomial",
+    "--size drawn-swin --depth 1,2", "--gene-dropout 1 --gene-keep 0 --init-scale 0.5",
+    pytest.param("--amp bf16", marks=half_composed)])
+def test_options_run(options, drawn, tmp_path):
+    """Two datasets, then a descendant of either training."""
+    al.main(flags(drawn, tmp_path, "--data", ",".join(STREAM[:2]), *options.split()))
+    for more in ([], ["--constrained"]):
+        al.main(flags(drawn, tmp_path, "--stage train --data kinds --genes 2", *options.split(), *more))
+    assert [r["kept"] for r in log_of(tmp_path, "pool")] == [0, 1]
+    assert all(math.isfinite(r["loss"]) for r in log_of(tmp_path, "learngene-02"))
+    assert [r["constrained"] for r in log_of(tmp_path, "train")] == [False, True]
+
+
+def test_paper_preset_is_the_experimental_setup():
+    args = al.settings(["--preset", "paper"])
+    assert (args.ancestry_epochs, args.train_epochs, args.gamma, args.lam, args.reward_share) == (300, 500, 2.0, 0.01, 0.1)
+    assert (args.size, args.ancestry_depth, args.image_size, args.patch, args.pool) == ("small", 12, 224, 16, "token")
+    assert al.stream(args.stream) == [f"imagenet/10#{n}" for n in range(1, 11)]
+
+
+def test_streams(tmp_path, monkeypatch):
+    assert al.stream("wide/3,digits") == ["wide/3#1", "wide/3#2", "wide/3#3", "digits"]
+    assert al.stream("signs:0-5,a/b") == ["signs:0-5", "a/b"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "birds" / "2").mkdir(parents=True)           # a folder of that very name comes first
+    assert al.stream("birds/2") == ["birds/2"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs: killed, and in two processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Argument: JSON of [stage, step, commands]. SIGKILL in that step of that stage; in step -1 of learngene-02: when its file in
+# the pool is written, but has not yet got its name.
+SCRIPT = """
+import json, os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+import adaptive_learngene, common, data
+for name, sizes in {sizes!r}.items():
+    data.SPECS[name] = data.SPECS[name]._replace(sizes=sizes)
+stage, step, commands = json.loads(sys.argv[1])
+update, replace = common.Training.update, os.replace
+
+def dying(self, *loss, **values):
+    if (self.stage, self.step) == (stage, step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, *loss, **values)
+
+def dying_replace(source, target):
+    if step == -1 and str(target).endswith(os.path.join("pool", stage + ".pt")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(source, target)
+
+common.Training.update, os.replace = dying, dying_replace
+for argv in commands:
+    adaptive_learngene.main(argv)
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def outside(tmp_path, stage, step, *commands, processes=1):
+    """Runs commands in a process of their own; returns its exit code."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), sizes=SIZES))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    with open(tmp_path / "out", "a") as out:
+        process = subprocess.Popen([sys.executable, *torchrun, str(tmp_path / "script.py"), json.dumps([stage, step, commands])],
+                                   stdout=out, stderr=out, env=ENV)
+        try:
+            return process.wait(timeout=240)
+        finally:
+            process.kill()
+
+
+def test_killed_runs_end_as_if_never_stopped(drawn, tmp_path):
+    """SIGKILL in the middle of learngene 2, while its file gets its name, and in the training of a descendant, each time between
+    two checkpoints: bitwise the same networks, the same pool, the same log."""
+    often = ["--save-every", "4", "--log-every", "2", "--ancestry-epochs", "8", "--train-epochs", "4"]
+    ancestry = lambda folder: flags(drawn, tmp_path / folder, "--data", ",".join(STREAM[:2]), *often)
+    train = lambda folder: flags(drawn, tmp_path / folder, "--stage train --data kinds --method all --constrained", *often)
+    al.main(ancestry("whole")), al.main(train("whole"))
+
+    assert outside(tmp_path, "learngene-02", 7, ancestry("parts")) == -signal.SIGKILL
+    assert len(records_of(tmp_path / "parts" / "pool")) == 1 and log_of(tmp_path / "parts", "learngene-02")[-1]["step"] == 6
+    assert outside(tmp_path, "learngene-02", -1, ancestry("parts")) == -signal.SIGKILL
+    assert len(records_of(tmp_path / "parts" / "pool")) == 1 and log_of(tmp_path / "parts", "learngene-02")[-1]["step"] == 15
+    al.main(ancestry("parts"))
+    stage = "train-kinds-all-constrained-11-drawn-tiny-2-320"
+    assert outside(tmp_path, stage, 11, train("parts")) == -signal.SIGKILL
+    assert log_of(tmp_path / "parts", stage)[-1]["step"] == 10
+    al.main(train("parts"))
+
+    for name in ("learngene-01", "learngene-02", stage):
+        assert_same_run(tmp_path / "parts", tmp_path / "whole", name)
+    parts, whole = ([r["hash"] for r in records_of(tmp_path / folder / "pool")] for folder in ("parts", "whole"))
+    assert parts == whole
+    assert log_of(tmp_path / "parts", "train") == log_of(tmp_path / "whole", "train")
+
+
+def test_two_processes_learn_what_one_does(drawn, tmp_path):
+    """torchrun: the same global batch, so the same losses (1e-5), the same learngenes up to rounding, the same selection."""
+    commands = lambda folder: [flags(drawn, tmp_path / folder, "--data", ",".join(STREAM[:2])),
+                               flags(drawn, tmp_path / folder, "--stage train --data pedestrian --method adaptive,scratch")]
+    for command in commands("one"):
+        al.main(command)
+    assert outside(tmp_path, "", 0, *commands("two"), processes=2) == 0, (tmp_path / "out").read_text()[-3000:]
+    stages = ["learngene-01", "learngene-02", *(f.stem for f in (tmp_path / "one").glob("train-*.pt"))]
+    assert len(stages) == 4
+    for stage in stages:
+        one, two = log_of(tmp_path / "one", stage), log_of(tmp_path / "two", stage)
+        one, two = ([r for r in log if "loss" in r] for log in (one, two))
+        assert len(one) == len(two) >= 2
+        for a, b in zip(one, two):
+            assert (a["loss"], a["lr"], a["images"]) == pytest.approx((b["loss"], b["lr"], b["images"]), abs=1e-5), (stage, a, b)
+    for a, b in zip(records_of(tmp_path / "one" / "pool"), records_of(tmp_path / "two" / "pool")):
+        assert all((a["gene"][n] - b["gene"][n]).abs().max() < 1e-4 for n in a["gene"]) and a["dataset"] == b["dataset"]
+    one, two = ([r["learngenes"] for r in log_of(tmp_path / folder, "train")] for folder in ("one", "two"))
+    assert one == two and one[0] and one[1] is None
+    assert [r["kept"] for r in log_of(tmp_path / "two", "pool")] == [0, 1]                # and written by one process only
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ----------------------------------------------------------------------------------------------------------------------
+
+# given to a directory with a pool, an ancestor and a descendant
+BAD_FLAGS = [
+    ("--stage train", "needs a task"), ("--stage select", "needs a task"), ("--stage segment", "needs a task"),
+    ("--stage fly", "--stage"), ("--stage select --data kindz", "kindz"), ("--data digits/3#4", "numbered from 1 to 3"),
+    ("--data /no/such/folder", "/no/such/folder"), ("--stage train --data kinds --depth 0", "--depth"),
+    ("--stage train --data kinds --depth 2,2", "--depth of drawn-tiny takes 1 number"),
+    ("--stage train --data kinds --depth six", "--depth"), ("--size drawn-swin --depth 3", "takes 2 numbers"),
+    ("--stage train --data kinds --method dino", "--method dino"),
+    ("--stage train --data kinds --method adaptive,peek", "--method peek"),
+    ("--stage select --data kinds --pool {tmp}/file", "is a file"), ("--pool {tmp}/file --data pedestrian", "is a file"),
+    ("--stage select --data kinds --pool {tmp}/nothing", "no learngenes in"),
+    ("--stage train --data kinds --pool {tmp}/nothing", "--stage ancestry"),
+    ("--stage select --data kinds --size drawn-small", "asked for drawn-small"),
+    ("--stage select --data kinds --genes 4", "has 3 learngenes"), ("--stage select --data {tmp}/lonely", "class 'eel' of"),
+    ("--first-order 2", "--first-order"), ("--stage segment --data kinds", "has no masks"),
+    ("--stage segment --data scenes --crop 40", "--crop 40"), ("--stage segment --data scenes --crop 64", "--crop 64"),
+    ("--stage segment --data scenes --size drawn-swin", "written for ViT"),
+    ("--stage train --data kinds --method heur --source {tmp}/nothing", "no finished pretrain-drawn-tiny.pt"),
+    ("--stage train --data kinds --method all --seed 3", "seed 0"),
+    ("--stage train --data kinds --method all --train-lr 0.3", "lr"),
+    ("--stage train --data kinds --method prefine --depth 3", "cannot make 3 layers"), ("--batch-size 0", "--batch-size"),
+    ("--stage select --data kinds --reward-head mlp", "--reward-head"),
+    ("--stage select --data scenes --reward-head trained", "ncm or ridge"), ("--gene-keep 1.5", "--gene-keep"),
+    ("--gamma inf", "--gamma"), ("--device cuda", "--device cuda"), ("--output {tmp}/file", "is a file"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(drawn, made, tmp_path_factory):
+    """A copy of the run with an ancestor and one trained descendant in it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    shutil.copytree(made[0], folder)
+    al.main(flags(drawn, folder, "--stage train --data kinds --method all,heur"))
+    return folder
+
+
+@pytest.mark.parametrize("bad, words", BAD_FLAGS, ids=[f for f, _ in BAD_FLAGS])
+def test_bad_input_is_one_sentence_and_overwrites_nothing(bad, words, drawn, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    for split, count in (("train", 1), ("val", 2)):
+        for name in ("cow", "eel"):
+            write_images(tmp_path / "lonely" / split, (name,), count if name == "eel" else 4)
+    before = snapshot(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        al.main(flags(drawn, tmp_path / "run", *bad.format(tmp=tmp_path).split()))
+    sentences = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]              # beside progress bars
+    assert stop.value.code == 2 and len(sentences) == 1 and words in sentences[0], sentences
+    after = {n: b for n, b in snapshot(tmp_path).items() if n in before or not n.split("/")[-1].startswith("rewards-")}
+    assert after == before
+
+
+@bug("only --stage segment knows masks; ancestry and train stop in F.cross_entropy", raises=RuntimeError)
+@pytest.mark.parametrize("stage", ["ancestry", "train --method scratch"])
+def test_masks_where_labels_are_needed(stage, drawn, tmp_path, capsys):
+    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--data scenes --stage", *stage.split())), "scenes")
+
+
+def test_batch_must_divide_among_processes(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refuses(capsys, lambda: al.settings(["--batch-size", "64"]), "--batch-size 64", "3 processes")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
