@@ -71,12 +71,13 @@ def compose(theta, a, G=None, base=None):
     base (P,) or (L, P) is added: what every network has without any learngene (A3), or the sum over frozen learngenes.
     """
     a = a if G is None else a * G
-    return a @ theta if base is None else torch.addmm(base, a, theta)                # Eqs. (1), (2), (3), (8)
+    return a @ theta if base is None else torch.addmm(base, a, theta)        # Eq. (8); with G = 1: Eq. (1), Eq. (2), Eq. (3)
 
 
 @dataclass
 class Group:
-    """Blocks of one shape, in the order of the network: they share a learngene. DeiT has one group, Swin one per stage."""
+    """Blocks of one shape, in the order of the network: they share a learngene, l counts among them (A13). DeiT has one group,
+    Swin one per stage."""
     blocks: list                                     # their names
     shapes: dict                                     # {parameter of a block: shape}
 
@@ -317,7 +318,7 @@ def composed_forward(net, groups, genes, head, a, base):
 
 
 def learn(run, args, machine, pool, task):
-    """One new dataset: learngene n, its head and, with n = 1 or --stem shared, the stem train; everything older is frozen."""
+    """One new dataset: learngene n, its head and, with n = 1 or --stem shared, the stem train; everything older is frozen (A2)."""
     n, depths = len(pool) + 1, depths_of(args)
     torch.manual_seed(args.seed * 1000 + n)
     net = backbone(args, depths, 0)
@@ -429,7 +430,7 @@ def policy_loss(log_pi, r, b, scale=1.0):
 
 
 def log_policy(phi, G, k=0):
-    """log pi_phi(G) of selections G (S, N): independent with P(G_n = 1) = sigmoid(phi_n); given |G| = k if k > 0. -> (S,)"""
+    """log pi_phi(G) of selections G (S, N): independent with P(G_n = 1) = sigmoid(phi_n); given |G| = k if k > 0 (A8). -> (S,)"""
     if not k:
         return -F.binary_cross_entropy_with_logits(phi.expand_as(G), G, reduction="none").sum(-1)
     top = phi.detach().max()
@@ -653,7 +654,7 @@ LARGER = {"drawn-tiny": "drawn-small", "drawn-small": "drawn-base", "tiny": "sma
 
 
 def source_checkpoint(run, args, stage):
-    """A finished network of --stage pretrain, as (its state, step); None if it is still to be made."""
+    """State of a finished network of --stage pretrain; None if it is still to be made."""
     path = Run(args.source, {}, run.machine)[stage] if args.source else run[stage]
     if path.exists():
         saved = load_checkpoint(path, stage=stage)
@@ -685,11 +686,8 @@ def tleg(run, args, machine):
     depths, state = (args.ancestry_depth,), source_checkpoint(run, args, stage)
     torch.manual_seed(args.seed)
     net = backbone(args, depths, 0)
-    groups, settings = block_groups(net), TLEG_SETTINGS
-    genes = nn.ModuleList([new_learngene(net, "block"), new_learngene(net, "block", first=False)])
-    for name, p in genes[1].named_parameters():
-        if is_gain(name):
-            nn.init.zeros_(p)                        # its authors': theta_A starts without gains
+    groups = block_groups(net)
+    genes = nn.ModuleList([new_learngene(net, "block"), new_learngene(net, "delta")])       # its authors': theta_A starts without gains
     classes = len(state["head.bias"]) if state else load_tasks([args.pretrain_data], args, machine)[args.pretrain_data].num_classes
     head = new_head(net.width, classes)
     module = nn.ModuleDict({"genes": genes, "head": head, "stem": nn.ParameterDict({n.replace(".", "/"): p for n, p in stem_of(net).items()})})
@@ -701,7 +699,7 @@ def tleg(run, args, machine):
         teacher = backbone(args, depths, task.num_classes).to(machine.device).eval().requires_grad_(False)
         load_weights(teacher, pretrained(run, args, machine, args.size), f"pretrain-{args.size}")
         base = [base.to(machine.device) for base in gain_offset(groups, "block")]
-        forward = composed_forward(net, groups, genes, head, group_coefficients(groups, 2, settings, machine.device), lambda step: base)
+        forward = composed_forward(net, groups, genes, head, group_coefficients(groups, 2, TLEG_SETTINGS, machine.device), lambda step: base)
         fit(run, args, machine, stage, module, forward, task, args.tleg_epochs * len(task.labels["train"]), args.lr,
             target=lambda x, y: teacher(x).float().softmax(-1))
     theta = [torch.stack([flat(gene[g]) for gene in genes]).detach() for g in range(len(groups))]
@@ -783,7 +781,7 @@ def initialise(method, run, args, machine, pool, depths, num_classes, G):
 
 def parameter_counts(net, k, N, constrained=False):
     """What Table 4 counts, of a descendant from k of N learngenes: `stored` (k learngenes, stem and head), `trainable`,
-    `deployed` (what runs: it depends on the depth alone), and the paper's `nominal` k / N of the deployed."""
+    `deployed` (what runs: it depends on the depth alone), and the paper's `nominal` k / N of the deployed (A12)."""
     groups, sizes = block_groups(net), {n: p.numel() for n, p in net.named_parameters()}
     gene = sum(shape.numel() for group in groups for shape in group.shapes.values())
     stem, head = sum(p.numel() for p in stem_of(net).values()), sum(s for n, s in sizes.items() if n.startswith("head."))

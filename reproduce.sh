@@ -152,5 +152,92 @@ elif part in ("direct", "unseen"):
         lines.append(f"| {network} | {images} | {method} | " + " | ".join(spread(list(by_task[t].values())) if t in by_task else "-" for t in tasks) + f" | {spread(average)} |")
     (out.parent.parent / "results" / f"{part}{'-smoke' if out.name == 'smoke' else ''}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+elif part == "adaptive":
+    log = lambda pattern, stage: [r | {"run": p.parent.name} for p in sorted(out.glob(f"{pattern}/log.jsonl"))
+                                  for r in map(json.loads, dict.fromkeys(p.read_text().splitlines())) if r["stage"] == stage]
+    names = {"scratch": "From-Scratch", "prefine": "Pre-Fine (upper bound)", "heur": "Heur-Learngene", "auto": "Auto-Learngene", "peg": "PEG-style",
+             "tleg": "TLEG", "weight-selection": "weight selection", "random": "Random-Select", "adaptive": "Adaptive-Learngene", "all": "all learngenes"}
+    table = lambda head, rows: ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"] + ["| " + " | ".join(r) + " |" for r in rows]
+
+    def by_seed(records, key="accuracy"):            # mean within each seed (over random draws), in the order of the seeds
+        seeds = sorted({r["seed"] for r in records})
+        return [statistics.mean(r[key] for r in records if r["seed"] == s) for s in seeds]
+
+    done, lines = log("table1-*", "train"), ["Drawn data, test split unless said otherwise; mean ± standard deviation between seeds."]
+    tasks = list(dict.fromkeys(r["task"] for r in done))
+    lines += ["", "## Table 1: six tasks, 10,000 images each"]
+    rows = []
+    for size in ("drawn-tiny", "drawn-small"):
+        for m in [m for m in names if any((r["method"], r["size"]) == (m, size) for r in done)]:
+            mine = [r for r in done if (r["method"], r["size"]) == (m, size)]
+            rows.append([size, names[m]] + [spread(by_seed([r for r in mine if r["task"] == t])) for t in tasks] + [spread(by_seed(mine))])
+    lines += table(["size", "start", *tasks, "mean"], rows)
+    lines += ["", "## Table 2: depths, the wide task, 10,000 images (the ancestry has 6 layers)"]
+    records = log("table2-*", "train")
+    depths = sorted({r["depths"][0] for r in records})
+    lines += table(["start", *map(str, depths)], [[names[m]] + [spread(by_seed([r for r in records if (r["method"], r["depths"][0]) == (m, d)])) for d in depths]
+                                                  for m in dict.fromkeys(r["method"] for r in records)])
+    lines += ["", "## Table 3: segmentation, mIoU after 6,000 images"]
+    records = log("table3-*", "segment")
+    lines += table([names[m] for m in dict.fromkeys(r["method"] for r in records)],
+                   [[spread(by_seed([r for r in records if r["method"] == m], "miou")) for m in dict.fromkeys(r["method"] for r in records)]])
+    lines += ["", "## Table 4: smallest number of learngenes that keeps 95 % of what all ten give (drawn-small)"]
+    few, rows = log("table4-*", "train") + [r for r in done if r["method"] == "adaptive"], []
+    for t in dict.fromkeys(r["task"] for r in log("table4-*", "train")):
+        everything = {r["seed"]: r["accuracy"] for r in done if (r["method"], r["size"], r["task"]) == ("all", "drawn-small", t)}
+        first = [min((r for r in few if (r["seed"], r["task"], r["size"]) == (s, t, "drawn-small") and r["accuracy"] >= 0.95 * a),
+                     key=lambda r: len(r["learngenes"]), default=None) for s, a in everything.items()]
+        kept = [r for r in first if r]
+        rows.append([t, spread(list(everything.values())), ", ".join(str(len(r["learngenes"])) if r else "more" for r in first),
+                     spread([r["accuracy"] for r in kept]) if kept else "-", ", ".join(f"{r['stored']:,}" for r in kept), ", ".join(f"{r['nominal']:,}" for r in kept),
+                     f"{kept[0]['deployed']:,}" if kept else "-"])
+    lines += table(["task", "all, %", "learngenes (per seed)", "these, %", "stored parameters", "the paper's k / N", "deployed"], rows)
+    lines += ["", "## Fig. 3: images until scratch's last accuracy on val is reached, in shares of the run"]
+    rows = []
+    for pattern in ("figure3-s*", "figure3-swin-s*"):
+        records = log(pattern, "train")
+        for m in dict.fromkeys(r["method"] for r in records):
+            mine = [r for r in records if r["method"] == m]
+            last = {r["seed"]: r["curve"][-1] for r in records if r["method"] == "scratch"}
+            reach = [next((i + 1 for i, a in enumerate(r["curve"]) if a >= last[r["seed"]]), None) for r in mine]
+            rows.append([mine[0]["size"], names[m], f"{mine[0]['images']:,}", ", ".join(f"{i}/{len(mine[0]['curve'])}" if i else "never" for i in reach), spread(by_seed(mine))])
+    lines += table(["size", "start", "images", "per seed", "accuracy at the end"], rows)
+    lines += ["", "## Fig. 4: TALS against five random draws of as many learngenes (drawn-small)"]
+    rows = []
+    for t in tasks:
+        mine = [r for r in done if r["size"] == "drawn-small" and r["task"] == t]
+        tals, draws = ({s: [r["accuracy"] for r in mine if (r["method"], r["seed"]) == (m, s)] for s in sorted({r["seed"] for r in mine})} for m in ("adaptive", "random"))
+        gap = [tals[s][0] - statistics.mean(draws[s]) for s in tals]
+        chosen = "; ".join(" ".join(map(str, r["learngenes"])) for r in mine if r["method"] == "adaptive")
+        rows.append([t, chosen, spread([v[0] for v in tals.values()]), spread([statistics.mean(v) for v in draws.values()]),
+                     f"{statistics.mean(statistics.stdev(v) for v in draws.values() if len(v) > 1):.1f}", ", ".join(f"{g:+.1f}" for g in gap),
+                     f"{sum(a < v[0] for s, v in tals.items() for a in draws[s])} of {sum(map(len, draws.values()))}"])
+    lines += table(["task", "TALS selects (per seed)", "TALS", "mean of draws", "deviation between draws", "TALS - mean, per seed", "draws below TALS"], rows)
+    lines += ["", "## Both ways to train on (10,000 images, drawn-small)"]
+    records = [r for r in done if (r["method"], r["size"]) == ("adaptive", "drawn-small")] + log("constrained-*", "train")
+    rows = [[("constrained" if c else "initialise only")] + [spread(by_seed([r for r in records if (r["constrained"], r["task"]) == (c, t)])) for t in tasks[:3]] +
+            [", ".join(f"{r['trainable']:,}" for r in records if r["constrained"] == c and r["task"] == tasks[0])] for c in (False, True)]
+    lines += table(["", *tasks[:3], f"trainable parameters ({tasks[0]}, per seed)"], rows)
+    lines += ["", "## The pool (val)"]
+    rows = []
+    for p in sorted(p.parent.name for p in out.glob("*-s[0-9]/pool")) + ["swin", "domains"]:
+        alone, own = log(p, "alone")[-1]["table"], {r["learngene"]: r for r in log(p, "pool")}
+        best = sum(max(range(len(alone) - 1), key=lambda n: alone[n][d]) == d for d in range(len(alone[0])))
+        rows.append([p, f"{statistics.mean(r['val'] for r in own.values()):.1f}", f"{sum(r['kept'] for r in own.values())} of {sum(r['earlier'] for r in own.values())}",
+                     f"{min(map(statistics.mean, alone[:-1])):.1f} to {max(map(statistics.mean, alone[:-1])):.1f}", f"{statistics.mean(alone[-1]):.1f}", f"{best} of {len(alone[0])}"])
+    lines += table(["pool", "own dataset, %", "earlier logits unchanged", "learngenes alone, class means, %", "untrained network", "datasets whose own learngene is the best alone"], rows)
+    lines += ["", "## REINFORCE against exhaustive search (kinds, drawn-tiny, ten seeds)"]
+    found = {r["seed"]: r for r in log("search-*", "select") if r["search"] == "reinforce"}
+    best = {r["seed"]: r for r in log("search-*", "select") if r["search"] == "exhaustive"}
+    lines += table(["seed", "TALS", "reward", "optimum", "reward", "gap", "subsets looked at"], [
+        [str(s), " ".join(map(str, found[s]["learngenes"])), f"{found[s]['reward']:.4f}", " ".join(map(str, best[s]["learngenes"])), f"{best[s]['reward']:.4f}",
+         f"{best[s]['reward'] - found[s]['reward']:.4f}", str(found[s]["visited"])] for s in sorted(best)])
+    lines += ["", "## A stream of domains: held-out classes of a domain, learngenes ranked by their reward alone"]
+    lines += table(["task", "ranking (per seed)", "TALS selects", "accuracy of the reward head", "chance"], [
+        [t, "; ".join(" ".join(sorted(r["singles"], key=lambda n: -r["singles"][n])) for r in mine), "; ".join(" ".join(map(str, r["learngenes"])) for r in mine),
+         spread([r["accuracy"] for r in mine]), f"{mine[0]['chance']:.1f}"]
+        for t in dict.fromkeys(r["task"] for r in log("domains-s*", "select")) for mine in [[r for r in log("domains-s*", "select") if r["task"] == t]]])
+    (out.parent.parent / "results" / f"adaptive{'-smoke' if out.name.endswith('smoke') else ''}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 PY
 ! find "$out" -name failed | grep -q .

@@ -1,4 +1,4 @@
-"""Speed of TAL on this machine, as markdown tables: `python tests/bench.py`.
+"""Speed of TAL and Adaptive-Learngene on this machine, as markdown tables: `python tests/bench.py`, `... --tables adaptive`.
 
 Figures are medians over --repeats calls after a warm-up. The works of a row take turns, so that whatever else runs on
 the machine slows them alike: compare within a run, not between runs. On one CPU thread a second is a second of CPU time,
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+import adaptive_learngene as al
 import tal
 from common import VIT_SIZES, Run, Training, ViT, ViTConfig, parameter_groups, setup_machine
 
@@ -242,6 +243,104 @@ def drawn(machine, repeats, count):
         yield stage, 1 / sums[stage], 1 / sums["alone"], sums["alone"] / sums[stage], 1 / floor[stage], floor[stage] / sums[stage]
 
 
+# ------------------------------------------------- Adaptive-Learngene --------------------------------------------------
+
+
+class Learngenes:
+    """Ten random learngenes of a shape, and what trains on them: whole steps, AdamW included, on one batch."""
+    def __init__(self, machine, config, n, classes, count=10):
+        self.machine, self.config, self.depths = machine, dataclasses.replace(config, num_classes=classes), (config.depth,)
+        device = machine.device
+        self.args = al.settings(["--image-size", str(config.image_size), "--patch", str(config.patch_size)])
+        self.x, self.y = batch(n, self.config, device)
+        self.pool = al.Pool("nowhere", {"basis": "chebyshev", "first_order": 0, "init": "delta"}, device)
+        net = ViT(self.config)
+        for k in range(count):
+            gene = al.new_learngene(net, "delta", first=k == 0)
+            self.pool.add(gene={name: p.detach() for name, p in gene.named_parameters()}, head={},
+                          stem={} if k else {name: p.detach() for name, p in al.stem_of(net).items()})
+            self.pool.seal(write=False)
+
+    def trainer(self, module, forward):
+        def losses():
+            with self.machine.autocast():
+                y_hat = forward(self.x, 0)
+            return [al.loss_ce(self.y, y_hat.float())] * 3
+        args = self.args
+        return trainer(self.machine, module, al.parameter_groups(module, args.lr, args.weight_decay), args.clip, losses)
+
+    def plain(self):
+        net = ViT(self.config).to(self.machine.device)
+        return self.trainer(net, lambda x, step: net(x))
+
+    def ancestry(self, all_take_part):
+        """The last learngene on top of the others, frozen: summed once if all take part, else composed anew in every step."""
+        N, device, net = len(self.pool), self.machine.device, ViT(self.config)
+        net.load_state_dict(self.pool.stem(), strict=False)
+        net, net.head = net.to(device).requires_grad_(False), torch.nn.Identity()
+        groups, gene = al.block_groups(net), al.new_learngene(net, "delta", first=False).to(device)
+        head = al.new_head(self.config.width, self.config.num_classes).to(device)
+        (a,), (theta,) = al.group_coefficients(groups, N, self.pool.settings, device), self.pool.theta(N - 1)
+        base = al.gain_offset(groups, "delta")[0].to(device)
+        mask, everything = (torch.arange(N - 1, device=device) % 2).float(), al.compose(theta, a[:, :-1], base=base)
+        frozen = (lambda step: [everything]) if all_take_part else lambda step: [al.compose(theta, a[:, :-1], mask, base)]
+        return self.trainer(torch.nn.ModuleDict({"gene": gene, "head": head}),
+                            al.composed_forward(net, groups, [gene], head, [a[:, -1:]], frozen))
+
+    def constrained(self, k):
+        net = al.fill_from(self.pool, ViT(self.config).to(self.machine.device), G := (1,) * k + (0,) * (len(self.pool) - k))
+        return self.trainer(*al.constrained_module(self.args, self.machine, self.pool, self.depths, net, G))
+
+
+def composed_steps(machine, repeats, n, small_only):
+    """(rows of the ancestry's table, rows of the constrained training's)"""
+    drawn = al.settings([])
+    shapes = [("drawn", ViTConfig(drawn.image_size, drawn.patch, *VIT_SIZES[drawn.size][:1], drawn.ancestry_depth,
+                                  VIT_SIZES[drawn.size][1], pool=drawn.pool), drawn.batch_size, 8)]
+    shapes += [] if small_only else [(f"DeiT-{name.title()}", size(12, name), n or 8, 100) for name in ("tiny", "small")]
+    first, second = [], []
+    for name, config, n, classes in shapes:
+        genes = Learngenes(machine, config, n, classes)
+        works = {"plain": genes.plain(), "all": genes.ancestry(True), "some": genes.ancestry(False)}
+        times = {work: s for work, (s, _) in clock(works | {k: genes.constrained(k) for k in (1, 3, 10)}, repeats, machine.device).items()}
+        name, plain = f"{name}: {config.depth} x {config.width}, {config.image_size} px, patch {config.patch_size}, batch {n}", times["plain"]
+        mean = (1 - drawn.gene_dropout) * times["all"] + drawn.gene_dropout * times["some"]
+        first.append((name, 1e3 * plain, 1e3 * times["all"], times["all"] / plain, 1e3 * times["some"], times["some"] / plain, mean / plain))
+        second.append((name, 1e3 * plain, *(times[k] / plain for k in (1, 3, 10))))
+    return first, second
+
+
+def composing(machine, repeats):
+    """DeiT-Base from ten learngenes, beside copies of as many bytes."""
+    config, device = size(12, "base"), machine.device
+    genes = Learngenes(machine, dataclasses.replace(config, image_size=32), 1, 10)
+    net, (theta,) = ViT(genes.config).to(device), genes.pool.theta(10)
+    a, G = al.coefficients(12, 10).to(device), torch.ones(10, device=device)
+    moved = 4 * (theta.numel() + 12 * theta.shape[1])                # reads ten learngenes, writes twelve blocks
+    source, target = torch.randn(2, moved // 8, device=device)       # a copy reads one half and writes the other
+    works = {"`compose`, Eq. (8)": lambda: al.compose(theta, a, G), "`fill`: and into the network": lambda: al.fill_from(genes.pool, net, G),
+             "`copy_` into memory in use": lambda: target.copy_(source), "`clone` into new memory": lambda: source.clone()}
+    times = {name: s for name, (s, _) in clock(works, repeats, device).items()}
+    copy = times["`copy_` into memory in use"]
+    for name, seconds in times.items():
+        yield name, 1e3 * seconds, moved / 1e9, moved / 1e9 / seconds, seconds / copy
+
+
+def adaptive(flags, machine):
+    first, second = composed_steps(machine, flags.repeats, flags.batch_size, flags.drawn_only)
+    how = f"networks in {machine.amp or torch.float32}, medians of {flags.repeats}".replace("torch.", "")
+    table(f"Adaptive-Learngene: training step of learngene 10 over a step of a plain ViT of the same shape, AdamW included ({how})",
+          ["shape", "plain, ms", "older learngenes summed once, ms", "/ plain", "some sit out: composed anew, ms", "/ plain",
+           "at the default --gene-dropout, / plain"], first)
+    table(f"Training step of a descendant under Eq. (8) from k learngenes, over a plain ViT's ({how})",
+          ["shape", "plain, ms", "k = 1 / plain", "k = 3 / plain", "k = 10 / plain"], second)
+    table("Composing DeiT-Base, 12 layers, from 10 learngenes (float32; bytes: 10 blocks read, 12 written)",
+          ["work", "ms", "GB", "GB/s", "time / copy_"], composing(machine, flags.repeats))
+
+
+# ------------------------------------------------------ The program ---------------------------------------------------
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU [1]")
@@ -249,7 +348,8 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     parser.add_argument("--amp", default="", help="precisions of the networks: none, bf16, fp16 [none; on cuda bf16,fp16]")
     parser.add_argument("--batch-size", type=int, default=0, help="of the training steps [8 and 64; on cuda 512, the paper's]")
-    parser.add_argument("--tables", default="predict,step,drawn", help="which to print [predict,step,drawn]")
+    parser.add_argument("--tables", default="predict,step,drawn,adaptive", help="which to print [predict,step,drawn,adaptive]")
+    parser.add_argument("--drawn-only", action="store_true", help="adaptive: leave DeiT-Tiny and DeiT-Small out")
     parser.add_argument("--archs", type=int, default=12, help="architectures of the drawn table [12]")
     parser.add_argument("--peer", default="", help="measure the released code beside ours (CPU): a folder with checkouts TAL and ppuda, "
                         "and site with what they import: pip install --target site transformers joblib psutil; --no-deps timm")
@@ -261,6 +361,15 @@ def main():
     machines = [setup_machine(flags.device, amp) for amp in (flags.amp or ("bf16,fp16" if cuda else "none")).split(",")]
     device, args = machines[0].device, tal.settings(["--preset", "paper"])
     warnings.simplefilter("ignore")
+    if flags.tables == "adaptive":
+        print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device) if cuda else f'CPU, {flags.threads} thread(s)'}")
+    else:
+        tal_tables(flags, args, machines, device, cuda)
+    for machine in machines if "adaptive" in flags.tables else ():
+        adaptive(flags, machine)
+
+
+def tal_tables(flags, args, machines, device, cuda):
     with contextlib.redirect_stdout(None):
         peer = Peer(flags.peer, args) if flags.peer else None
     hypernet = tal.build_hypernet(args).to(device)
