@@ -41,9 +41,10 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import data
-from common import (VIT_SIZES, Block, Run, Training, ViT, accuracy, amount, fail, load_checkpoint, load_weights, parameter_groups,
-                    parse_flags, positive, rank_zero_first, save_checkpoint, setup_machine, share, vit_config, whole,
-                    write_atomically, yes_no)
+from common import (VIT_SIZES, Block, Run, Training, ViT, accuracy, amount, check_export, export_weights, fail,
+                    load_checkpoint, load_pretrained, load_weights, parameter_groups, parse_flags, positive,
+                    rank_zero_first, read_weights, renormalised, save_checkpoint, setup_machine, share, vit_config,
+                    vit_state, whole, write_atomically, yes_no)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,13 +286,15 @@ def fit(run, args, machine, stage, module, forward, task, images, lr, identity=N
     data.Task.batch. Resumes by itself, as every stage does.
     """
     steps = math.ceil(images / args.batch_size)
-    keys = ("seed", "batch_size", "weight_decay", "warmup", "clip", "augment", "amp")
+    keys = ("seed", "batch_size", "weight_decay", "warmup", "clip", "augment", "recipe", "amp")
     job = Training(run, stage, module, parameter_groups(module, lr, args.weight_decay), steps, warmup=round(args.warmup * steps),
                    clip=args.clip or None, identity={**{k: getattr(args, k) for k in keys}, "lr": lr, **(identity or {})},
                    batch_size=args.batch_size, log_every=args.log_every, save_every=args.save_every)
     looks = {math.ceil(steps * k / args.looks) for k in range(1, args.looks + 1)} if val and args.looks else ()
     for step in job.steps():
-        x, y = task.batch("train", step, args.batch_size, args.seed, args.augment, machine.rank, machine.world, **cut)
+        x, y = task.batch("train", step, args.batch_size, args.seed, args.augment and args.recipe, machine.rank, machine.world, **cut)
+        if args.augment and args.recipe == "deit" and not task.segmentation:
+            x, y = data.mixed(x, y, task.num_classes, args.seed, step)
         with machine.autocast():
             y, y_hat = target(x, y) if target else y, forward(x, step)
         job.update(loss_ce(y, y_hat.float()))
@@ -310,10 +313,13 @@ def gene_masks(steps, old, args, number):
 def composed_forward(net, groups, genes, head, a, base):
     """forward(x, step) of a network composed in every step: per group, base(step) + sum_n a(l, n) theta_n over the learngenes
     that train. The ancestry model has one such and a frozen sum as base: Eqs. (1)-(3)."""
-    def forward(x, step):
+    def weights(step):
         Theta = [compose(torch.stack([flat(gene[g]) for gene in genes]), a[g], base=b) for g, b in enumerate(base(step))]
-        weights = {n: p for group, part in zip(groups, Theta) for n, p in group.parameters(part).items()}
-        return head(functional_call(net, weights, (x,)))
+        return {n: p for group, part in zip(groups, Theta) for n, p in group.parameters(part).items()}
+
+    def forward(x, step):
+        return head(functional_call(net, weights(step), (x,)))
+    forward.weights = weights                                                        # of the blocks, for whoever writes them
     return forward
 
 
@@ -578,7 +584,7 @@ def make_rewards(run, args, machine, pool, task, depths):
     rows = (reward_rows(task, args.reward_share, args.seed) if not segmentation else
             torch.randperm(len(y), generator=data.generator(args.seed, 7))[:math.ceil(args.reward_share * len(y))]).to(machine.device)
     rest = torch.ones_like(y if not segmentation else y[:, 0, 0], dtype=torch.bool).index_fill_(0, rows, False)
-    x, y = task.normalise(task.images["train"][rows]), y[rows]
+    x, y = task.pixels("train", rows), y[rows]       # bytes: what is looked at of a large dataset fits memory as such
     net = backbone(args, depths, 0).to(machine.device).eval()
     if segmentation:
         side = args.image_size
@@ -588,22 +594,23 @@ def make_rewards(run, args, machine, pool, task, depths):
 
     def closed_form(G):
         fill_from(pool, net, G)
-        f = in_parts(net if not segmentation else lambda x: patch_features(net, x).flatten(0, 1), x)
+        features = net if not segmentation else lambda x: patch_features(net, x).flatten(0, 1)
+        f = in_parts(lambda part: features(task.normalise(part)), x)
         return {"ncm": ncm_logits, "ridge": ridge_logits}[args.reward_head](f[usable] if segmentation else f, y, C)
 
     def short_training(G):                           # on the training images that are not looked at
         torch.manual_seed(args.seed)
         net = fill_from(pool, backbone(args, depths, C).to(machine.device), G)
-        others = dataclasses.replace(task, images={"train": task.images["train"][rest]}, labels={"train": task.labels["train"][rest]}, orders={})
-        data.fit(net, others, math.ceil(args.reward_images / args.batch_size), args.batch_size, args.train_lr, args.weight_decay, args.augment)
-        return in_parts(net, x)
+        data.fit(net, task.only(rest.nonzero()[:, 0]), math.ceil(args.reward_images / args.batch_size), args.batch_size, args.train_lr, args.weight_decay,
+                 args.augment and args.recipe)
+        return in_parts(lambda part: net(task.normalise(part)), x)
 
     def score(G):
         logits = (short_training if args.reward_head == "trained" else closed_form)(G)
         return float(reward(logits, y, G, args.gamma, args.lam)), percent(logits, y)
 
     about = [pool.hash, task.name, C, len(rest), depths, str(machine.device)] + [getattr(args, k) for k in (
-        "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment")]
+        "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment")] + [args.recipe] * (args.recipe != "shift")
     file = run.dir / f"rewards-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl"
     return Rewards(score, len(pool), file if machine.rank == 0 else None), len(y), 100 * float(torch.bincount(y).max()) / len(y)
 
@@ -664,17 +671,29 @@ def source_checkpoint(run, args, stage):
         fail(f"no finished {path.name} in --source {args.source}; make it there by --stage pretrain --output {args.source}")
 
 
-def pretrained(run, args, machine, size):
+def pretrained(run, args, machine, size, task=None):
     """State of a plain ViT trained on all classes of --pretrain-data at once, as many images as the whole stream shows: the
-    ancestor of Pre-Fine, Heur, Auto, PEG, TLEG's teacher and weight selection."""
+    ancestor of Pre-Fine, Heur, Auto, PEG, TLEG's teacher and weight selection. Or of a published one, --pretrained, made to
+    see images as `task` normalises them."""
     stage = f"pretrain-{size}"
+    if args.pretrained:
+        files = {vit_state(read_weights(file)[0], 1, file)[1].width: file for file in args.pretrained.split(",")}
+        width = VIT_SIZES[size][0]
+        if width not in files:
+            fail(f"--pretrained: a network of width {width} ({size}) is needed, and the files have {', '.join(map(str, files))}")
+        net = backbone(argparse.Namespace(**{**vars(args), "size": size}), (args.ancestry_depth,), task.num_classes)
+        net, report = load_pretrained(files[width], net=net, say=run.print)
+        state = net.state_dict()
+        if report["mean"] is not None:
+            state = renormalised(state, (report["mean"], report["std"]), (task.mean, task.std))
+        return {n: p.to(machine.device) for n, p in state.items()}
     state = source_checkpoint(run, args, stage)
     if state is None:
-        (task,) = load_tasks([args.pretrain_data], args, machine).values()
+        (whole_task,) = load_tasks([args.pretrain_data], args, machine).values()
         torch.manual_seed(args.seed)
-        net = backbone(argparse.Namespace(**{**vars(args), "size": size}), (args.ancestry_depth,), task.num_classes).to(machine.device)
-        fit(run, args, machine, stage, net, lambda x, step: net(x), task, args.pretrain_epochs * len(task.labels["train"]), args.lr)
-        run.print(f"{stage}: {accuracy(net.eval(), task, 'val', machine.device):.1f} % on val")
+        net = backbone(argparse.Namespace(**{**vars(args), "size": size}), (args.ancestry_depth,), whole_task.num_classes).to(machine.device)
+        fit(run, args, machine, stage, net, lambda x, step: net(x), whole_task, args.pretrain_epochs * len(whole_task.labels["train"]), args.lr)
+        run.print(f"{stage}: {accuracy(net.eval(), whole_task, 'val', machine.device):.1f} % on val")
         state = net.state_dict()
     return {n: p.to(machine.device) for n, p in state.items()}
 
@@ -697,7 +716,7 @@ def tleg(run, args, machine):
     else:
         (task,) = load_tasks([args.pretrain_data], args, machine).values()
         teacher = backbone(args, depths, task.num_classes).to(machine.device).eval().requires_grad_(False)
-        load_weights(teacher, pretrained(run, args, machine, args.size), f"pretrain-{args.size}")
+        load_weights(teacher, pretrained(run, args, machine, args.size, task), f"pretrain-{args.size}")
         base = [base.to(machine.device) for base in gain_offset(groups, "block")]
         forward = composed_forward(net, groups, genes, head, group_coefficients(groups, 2, TLEG_SETTINGS, machine.device), lambda step: base)
         fit(run, args, machine, stage, module, forward, task, args.tleg_epochs * len(task.labels["train"]), args.lr,
@@ -751,8 +770,9 @@ def weight_selection(net, state):
     net.load_state_dict(new, strict=False)
 
 
-def initialise(method, run, args, machine, pool, depths, num_classes, G):
-    """A network of the asked depth with a fresh head, its other parameters as the method says. G: selection, for ours."""
+def initialise(method, run, args, machine, pool, depths, num_classes, G, task=None):
+    """A network of the asked depth with a fresh head, its other parameters as the method says. G: selection, for ours; task:
+    whose normalisation it will see, which matters to --pretrained alone."""
     torch.manual_seed(args.seed)                     # the same head, and the same random blocks, for all methods
     net = backbone(args, depths, num_classes).to(machine.device)
     if method in OURS:
@@ -769,9 +789,9 @@ def initialise(method, run, args, machine, pool, depths, num_classes, G):
     if method == "weight-selection":
         if args.size not in LARGER:
             fail(f"weight selection needs a network larger than {args.size}; there is none, choose a smaller --size")
-        weight_selection(net, pretrained(run, args, machine, LARGER[args.size]))
+        weight_selection(net, pretrained(run, args, machine, LARGER[args.size], task))
         return net
-    state = pretrained(run, args, machine, args.size)
+    state = pretrained(run, args, machine, args.size, task)
     kept = min(L, {"prefine": L, "heur": 3, "auto": L_a // 2, "peg": 0}[method])     # Heur: last 3 blocks; Auto: first 6 of 12
     inherit(net, state, {L - 1 - i: L_a - 1 - i for i in range(kept)} if method == "heur" else {i: i for i in range(kept)})
     if method == "peg":
@@ -815,11 +835,16 @@ def selection(method, draw, run, args, machine, pool, task, depths, cache):
 
 def train(run, args, machine):
     """Descendants and baselines under one schedule and budget: Tables 1, 2 and 4, Figs. 3 and 4."""
-    depths, cache = depths_of(args), {}
-    pool = open_pool(args, machine, needed=True) if set(args.methods) & set(OURS) else None
-    for task in load_tasks(args.tasks, args, machine).values():
+    depths, cache, tasks = depths_of(args), {}, load_tasks(args.tasks, args, machine).values()
+    for task in tasks:
         if task.segmentation:
             fail(f"{task.name} has masks, not classes; --stage segment trains on it")
+    if args.export and set(args.methods) & set(OURS) and not len(open_pool(args, machine)):
+        run.print(f"there are no learngenes in {args.pool_dir}, so they are made there now, once, of {args.stream}: some "
+                  f"{args.ancestry_epochs:g} epochs per dataset")
+        ancestry(run, argparse.Namespace(**{**vars(args), "tasks": []}), machine)
+    pool = open_pool(args, machine, needed=True) if set(args.methods) & set(OURS) else None
+    for task in tasks:
         for method in args.methods:
             for draw in range(args.draws if method == "random" else 1):
                 G = selection(method, draw, run, args, machine, pool, task, depths, cache)
@@ -841,7 +866,7 @@ def constrained_module(args, machine, pool, depths, net, G):
 
 
 def train_one(run, args, machine, pool, task, depths, method, G, draw):
-    net = initialise(method, run, args, machine, pool, depths, task.num_classes, G)
+    net = initialise(method, run, args, machine, pool, depths, task.num_classes, G, task)
     counts = parameter_counts(net, sum(G) if G else 0, len(pool) if G else 1, args.constrained and bool(G))
     module, forward = constrained_module(args, machine, pool, depths, net, G) if args.constrained and G else (net, lambda x, step: net(x))
     images = args.train_images or args.train_epochs * len(task.labels["train"])
@@ -853,6 +878,15 @@ def train_one(run, args, machine, pool, task, depths, method, G, draw):
     fit(run, args, machine, stage, module, forward, task, images, args.train_lr,
         identity={"learngenes": learngenes, "pool": pool.hash if G else ""}, val=lambda: score("val", 500))
     result = score(args.split)
+    if args.export and machine.rank == 0:
+        state = net.state_dict()
+        if args.constrained and G:
+            state |= {**forward.weights(0), **{f"head.{n}": p for n, p in module["head"].state_dict().items()}}
+        export_weights(state, dataclasses.replace(net.config, num_classes=task.num_classes), args.export, args.format, {
+            "task": task.name, "method": method, "learngenes": learngenes, "pool": pool.hash if G else None, "seed": args.seed,
+            "mean": task.mean, "std": task.std, "class_names": task.class_names, "images": images, "chance": 100 / task.num_classes,
+            "accuracy": result, "split": args.split})
+        run.print(f"wrote {args.export} for {args.format}, and what it is to {Path(args.export).with_suffix('.json')}")
     run.print(f"{task.name}, {args.size} x {'.'.join(map(str, depths))}, {label}{f' {learngenes}' if G else ''}: {result:.2f} % after "
               f"{images:g} images ({args.split})")
     run.log("train", task=task.name, size=args.size, depths=list(depths), method=method, draw=draw, constrained=args.constrained,
@@ -932,10 +966,10 @@ def segment(run, args, machine):
     pool = open_pool(args, machine, needed=True) if set(args.methods) & set(OURS) else None
     for task in load_tasks(args.tasks, args, machine).values():
         if not task.segmentation:
-            fail(f"{task.name} has no masks; --stage segment takes segmentation tasks: scenes")
+            fail(f"{task.name} has no masks; --stage segment takes segmentation tasks: scenes, ade20k")
         for method in args.methods:
             G = selection(method, 0, run, args, machine, pool, task, depths, cache)
-            encoder = initialise(method, run, args, machine, pool, depths, 1, G)
+            encoder = initialise(method, run, args, machine, pool, depths, 1, G, task)
             torch.manual_seed(args.seed)
             net = Segmenter(encoder.cpu(), task.num_classes, args.crop).to(machine.device)
             images = args.train_images or args.train_epochs * len(task.labels["train"])
@@ -966,12 +1000,15 @@ def layers(text):
 
 FLAGS = [   # name, type, (drawn, paper), help and source
     ("--stage", STAGES, "ancestry", "what to do; pretrain: the baselines' ancestor, and what --method weight-selection,tleg need besides"),
-    ("--data", str, "", "ancestry: datasets to learn now; select, train, segment: tasks; drawn or folders of images, comma-separated"),
+    ("--data", str, "", "ancestry: datasets to learn now; select, train, segment: tasks, comma-separated: drawn, real, folders of images"),
     ("--stream", str, ("wide/10", "imagenet/10"), "the ancestry's datasets in order; NAME/K: K disjoint subsets of its classes (paper: 10)"),
-    ("--data-dir", str, "data", "where drawn data is cached"),
+    ("--data-dir", str, "data", "where real datasets lie, and drawn data is cached"),
     ("--output", str, "runs/adaptive", "directory of the run"),
+    ("--export", str, "", "train: file to write the trained network to, .pt, .pth or .safetensors; learngenes are made when missing"),
+    ("--format", ["timm", "torchvision"], "timm", "whose VisionTransformer loads that file"),
     ("--pool", str, "", "directory of the learngenes (default: pool/ in --output)"),
     ("--source", str, "", "directory of the baselines' ancestors (default: --output, made when missing)"),
+    ("--pretrained", str, "", "published ViTs (timm, DeiT, torchvision, Hugging Face) for the baselines' ancestors; comma-separated files"),
     ("--method", str, "adaptive", f"train, segment: comma-separated from {', '.join(METHODS)}"),
     ("--seed", whole, 0, "seed of the run; the data have their own, fixed"),
     ("--device", str, "auto", "cpu, cuda, cuda:1 ..."),
@@ -995,7 +1032,8 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--weight-decay", amount, 0.05, DEIT),
     ("--warmup", share, (0.05, 0.0167), f"share of the steps that warm up; {DEIT}: 5 of 300 epochs"),
     ("--clip", amount, (1.0, 0.0), f"gradient norm, 0 for none; {DEIT}: none"),
-    ("--augment", yes_no, True, "yes or no: random shifts of training images"),
+    ("--augment", yes_no, True, "yes or no: training images are varied at random"),
+    ("--recipe", ["shift", "deit"], ("shift", "deit"), f"how they are varied; {DEIT}: crops, RandAugment, erasing, MixUp, CutMix, smoothing"),
     ("--basis", ["chebyshev", "legendre", "monomial"], "chebyshev", "polynomials of a(l, n); Lin et al. 2024c compare them"),
     ("--first-order", whole, 0, "degree of a(l, 1): 0, or 1 as printed by Lin et al. 2024c"),
     ("--init", ["delta", "block", "zero"], "delta", f"how a new learngene starts; {OPEN}"),
@@ -1046,6 +1084,12 @@ def settings(argv=None):
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         fail(f"--batch-size {args.batch_size} does not divide among {os.environ['WORLD_SIZE']} processes")
     depths_of(args)
+    if args.export:
+        if args.stage != "train" or args.size in SWIN_SIZES or len(args.tasks) * len(args.methods) * (args.draws if "random" in args.methods else 1) != 1:
+            fail("--export is for --stage train with one task, one --method (random: --draws 1), and ViTs")
+        check_export(args.export, args.format, args.pool)
+    if args.pretrained and args.stage == "pretrain" and "tleg" not in args.methods:
+        fail("--stage pretrain trains the baselines' ancestor; with --pretrained there is nothing to train")
     return args
 
 
@@ -1054,10 +1098,11 @@ def settings(argv=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def load_tasks(names, args, machine):
-    scenes = [name for name in names if name == data.SCENES]
+    scenes = [name for name in names if name in (data.SCENES, "ade20k")]
+    memory = 0 if args.augment and args.recipe != "shift" else data.MEMORY          # recipes are work for processes of their own
     with rank_zero_first(machine):
         tasks = {name: task for part, size in ((scenes, args.scene_size), ([n for n in names if n not in scenes], args.image_size))
-                 for name, task in data.load_many(part, args.data_dir, size, workers=args.workers).items()}
+                 for name, task in data.load_many(part, args.data_dir, size, workers=args.workers, memory=memory).items()}
     return {name: tasks[name].to(machine.device) for name in names}
 
 
@@ -1104,7 +1149,7 @@ def main(argv=None):
     if args.stage == "ancestry":
         ancestry(run, args, machine)
     elif args.stage == "pretrain":
-        for size in [args.size] + [LARGER[args.size]] * ("weight-selection" in args.methods and args.size in LARGER):
+        for size in ([args.size] + [LARGER[args.size]] * ("weight-selection" in args.methods and args.size in LARGER)) * (not args.pretrained):
             pretrained(run, args, machine, size)
         if "tleg" in args.methods:
             tleg(run, args, machine)

@@ -368,7 +368,7 @@ def load_checkpoint(path, **expected):
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         fail(f"{path} is not a checkpoint of this code (format {CHECKPOINT_FORMAT}); give another file or remove it")
     for key, value in expected.items():
-        if content.get(key) != value:
+        if content.get(key, value) != value:         # what an older checkpoint does not say is not held against it
             fail(f"{path} holds {key} {content.get(key)!r}, but {value!r} is needed here; choose another --output or remove it")
     return content
 
@@ -617,6 +617,14 @@ def resized_pos_embed(pos_embed, grid, prefix):
     patches = pos_embed[:, prefix:].reshape(1, n, n, -1).permute(0, 3, 1, 2)         # (1, D, n, n)
     patches = F.interpolate(patches, (rows, columns), mode="bicubic", antialias=True)
     return torch.cat([pos_embed[:, :prefix], patches.flatten(2).transpose(1, 2)], 1)
+
+
+def renormalised(state, source, target):
+    """A ViT's state for images normalised by `target`, (mean, std), where it knows `source`: what lies between is affine per
+    channel and goes into the patch embedding, which has no padding."""
+    (m, s), (M, S) = ([torch.tensor(t).view(3, 1, 1) for t in pair] for pair in (source, target))
+    W, b = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
+    return {**state, "patch_embed.proj.weight": W * (S / s), "patch_embed.proj.bias": b + (W * ((M - m) / s)).sum((1, 2, 3))}
 
 
 def normalisation_of(path, about, report, classes):

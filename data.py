@@ -48,7 +48,7 @@ import re
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -864,7 +864,6 @@ class Task:
     std: tuple
     images: dict
     labels: dict
-    orders: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         device = self.labels["train"].device
@@ -921,6 +920,15 @@ class Task:
         else:
             images = images[rows]
         return self.normalise(images), self.labels[split][rows]
+
+    def pixels(self, split, rows):
+        """These images as bytes."""
+        return self.images[split][rows]
+
+    def only(self, rows):
+        """The task with these training images, and no other split."""
+        return Task(self.name, self.class_names, self.mean, self.std, {"train": self.images["train"][rows]},
+                    {"train": self.labels["train"][rows]})
 
     def examples(self, split, limit=None):
         """The first `limit` images of a split in their fixed order (all by default): x normalised, y."""
@@ -1063,6 +1071,12 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.sources)
+
+    def only(self, rows):
+        other = copy.copy(self)
+        other.sources = self.sources[rows] if isinstance(self.sources, np.ndarray) else [self.sources[row] for row in rows]
+        other.labels, other.shape = self.labels[rows], (len(rows), *self.shape[1:])
+        return other
 
     def __getitem__(self, row, transform=None):
         source, label = self.sources[row], self.labels[row]
@@ -1517,15 +1531,13 @@ def recast(images, name, augment, seed, step, rank, world):
     return torch.stack(out)
 
 
-def mixed(x, y, num_classes, seed, step, mixup=0.8, cutmix=1.0):
-    """MixUp or CutMix, as likely, between neighbours of a batch x [b, 3, S, S], y [b]: x and probabilities [b, classes].
-
-    DeiT's other part, label smoothing, is cross_entropy(..., label_smoothing=0.1), which takes probabilities too.
-    """
+def mixed(x, y, num_classes, seed, step, mixup=0.8, cutmix=1.0, smoothing=0.1):
+    """MixUp or CutMix, as likely, between neighbours of a batch x [b, 3, S, S], y [b]: x and smoothed probabilities [b, classes]."""
     from torchvision.transforms import v2
     with seeded(seed, step, 3):
         blend, patch = v2.MixUp(alpha=mixup, num_classes=num_classes), v2.CutMix(alpha=cutmix, num_classes=num_classes)
-        return v2.RandomChoice([blend, patch])(x, y)
+        x, y = v2.RandomChoice([blend, patch])(x, y)
+    return x, (1 - smoothing) * y + smoothing / num_classes
 
 
 def stream(dataset, keys, workers, pin):
@@ -1569,7 +1581,7 @@ class FileTask(Task):
         return images.to(self.device, non_blocking=True)
 
     def batch(self, split, step, batch_size, seed=0, augment=False, rank=0, world=1):
-        """As Task.batch."""
+        """As Task.batch; there are no masks."""
         n, shift = len(self.labels[split]), augment in (True, "shift")
         if augment and not shift:
             recipe(augment, self.images[split].shape[-1], self.name)         # one sentence here, not one from each worker
@@ -1587,6 +1599,15 @@ class FileTask(Task):
             images = shifted(images, to_device(shifts[rank::world], self.device))
         rows = rows_of(n, step, batch_size, seed, rank, world)
         return self.normalise(images), self.labels[split][to_device(rows, self.device)]
+
+    def pixels(self, split, rows):
+        keys = ([(row, False, ()) for row in part] for part in rows.cpu().split(100))
+        return torch.cat([self.take(split, *read) for read in self.stream(split, keys, self.workers if len(rows) > 500 else 0)])
+
+    def only(self, rows):
+        other = self.to(self.device)
+        other.images, other.labels = {"train": self.images["train"].only(rows.cpu().numpy())}, {"train": self.labels["train"][rows]}
+        return other
 
     def examples(self, split, limit=None):
         """As Task.examples, but x only has a length and split(n), which gives normalised batches as they are decoded."""
