@@ -21,7 +21,6 @@ where the paper is silent, and README lists them.
     b                   b                     moving average of rewards
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -193,7 +192,7 @@ class Pool:
         self.path, self.settings, self.device, self.records = Path(path), settings, device, []
         if self.path.exists() and not self.path.is_dir():
             fail(f"the pool {path} is a file; name a directory")
-        found = sorted(self.path.glob("learngene-*.pt"))
+        found = sorted(self.path.glob("learngene-*.pt"), key=lambda file: (len(file.name), file.name))
         for number, file in enumerate(found, 1):
             if file != self.file(number):
                 fail(f"the pool {path} has {file.name} where {self.file(number).name} should be; restore the missing file")
@@ -314,7 +313,8 @@ def composed_forward(net, groups, genes, head, a, base):
     """forward(x, step) of a network composed in every step: per group, base(step) + sum_n a(l, n) theta_n over the learngenes
     that train. The ancestry model has one such and a frozen sum as base: Eqs. (1)-(3)."""
     def weights(step):
-        Theta = [compose(torch.stack([flat(gene[g]) for gene in genes]), a[g], base=b) for g, b in enumerate(base(step))]
+        with torch.autocast(a[0].device.type, enabled=False):                        # sums of weights in full precision
+            Theta = [compose(torch.stack([flat(gene[g]) for gene in genes]), a[g], base=b) for g, b in enumerate(base(step))]
         return {n: p for group, part in zip(groups, Theta) for n, p in group.parameters(part).items()}
 
     def forward(x, step):
@@ -350,7 +350,7 @@ def learn(run, args, machine, pool, task):
         return [compose(t, a[:, :-1], masks[step], base) for t, a, base in zip(theta, a, bases)]
 
     forward = composed_forward(net, groups, [gene], head, [a[:, -1:] for a in a], frozen)
-    fit(run, args, machine, f"learngene-{n:02d}", module, forward, task, images, args.lr,
+    fit(run, args, machine, f"ancestry-{n:02d}", module, forward, task, images, args.lr,
         identity={"dataset": task.name, "classes": task.num_classes, "parent": pool.hash, "depths": list(depths),
                   "gene_dropout": args.gene_dropout, "gene_keep": args.gene_keep, **pool.settings})
     cpu = lambda named: {k.replace("/", "."): p.detach().cpu().clone() for k, p in named}
@@ -471,10 +471,11 @@ class Rewards:
     """
     def __init__(self, score, N, path=None):
         self.score, self.N, self.seen, self.asked, self.path = score, N, {}, set(), path
-        for line in path.read_text().splitlines() if path and path.exists() else ():
-            with contextlib.suppress(ValueError):                                    # the last line of a killed run
-                key, *values = json.loads(line)
-                self.seen[tuple(key)] = values
+        if path and path.exists():
+            *lines, torn = path.read_text().split("\n")                              # what follows the last line end was cut off by a kill
+            self.seen = {tuple(key): values for key, *values in map(json.loads, lines)}
+            if torn:
+                write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in lines)))
 
     def __call__(self, G):
         keys = [tuple(row) for row in torch.as_tensor(G).int().tolist()]
@@ -610,7 +611,8 @@ def make_rewards(run, args, machine, pool, task, depths):
         return float(reward(logits, y, G, args.gamma, args.lam)), percent(logits, y)
 
     about = [pool.hash, task.name, C, len(rest), depths, str(machine.device)] + [getattr(args, k) for k in (
-        "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment")] + [args.recipe] * (args.recipe != "shift")
+        "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment", "image_size", "scene_size")]
+    about += [args.recipe] * (args.recipe != "shift")
     file = run.dir / f"rewards-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl"
     return Rewards(score, len(pool), file if machine.rank == 0 else None), len(y), 100 * float(torch.bincount(y).max()) / len(y)
 
@@ -661,50 +663,48 @@ LARGER = {"drawn-tiny": "drawn-small", "drawn-small": "drawn-base", "tiny": "sma
 
 
 def source_checkpoint(run, args, stage):
-    """State of a finished network of --stage pretrain; None if it is still to be made."""
+    """(path, state) of a network of --stage pretrain; the state is None if it is still to be made."""
     path = Run(args.source, {}, run.machine)[stage] if args.source else run[stage]
-    if path.exists():
-        saved = load_checkpoint(path, stage=stage)
-        if saved["step"] == saved["steps"]:
-            return saved["model"]
-    if args.source:
+    saved = load_checkpoint(path, stage=stage) if path.exists() else {"step": 0, "steps": 1}
+    if saved["step"] < saved["steps"] and args.source:
         fail(f"no finished {path.name} in --source {args.source}; make it there by --stage pretrain --output {args.source}")
+    return path, saved["model"] if saved["step"] == saved["steps"] else None
 
 
-def pretrained(run, args, machine, size, task=None):
-    """State of a plain ViT trained on all classes of --pretrain-data at once, as many images as the whole stream shows: the
-    ancestor of Pre-Fine, Heur, Auto, PEG, TLEG's teacher and weight selection. Or of a published one, --pretrained, made to
-    see images as `task` normalises them."""
+def pretrained(run, args, machine, size, target=None):
+    """A plain ViT trained on all classes of --pretrain-data at once, as many images as the whole stream shows: the ancestor of
+    Pre-Fine, Heur, Auto, PEG and weight selection, and TLEG's teacher. Or a published one, --pretrained, that takes images as
+    the task `target` normalises them."""
     stage = f"pretrain-{size}"
+    build = lambda classes: backbone(argparse.Namespace(**{**vars(args), "size": size}), (args.ancestry_depth,), classes)
     if args.pretrained:
         files = {vit_state(read_weights(file)[0], 1, file)[1].width: file for file in args.pretrained.split(",")}
-        width = VIT_SIZES[size][0]
-        if width not in files:
-            fail(f"--pretrained: a network of width {width} ({size}) is needed, and the files have {', '.join(map(str, files))}")
-        net = backbone(argparse.Namespace(**{**vars(args), "size": size}), (args.ancestry_depth,), task.num_classes)
-        net, report = load_pretrained(files[width], net=net, say=run.print)
-        state = net.state_dict()
+        if VIT_SIZES[size][0] not in files:
+            fail(f"a network of width {VIT_SIZES[size][0]} ({size}) is needed, but --pretrained names files of width "
+                 f"{', '.join(map(str, files))}")
+        net, report = load_pretrained(files[VIT_SIZES[size][0]], net=build(target.num_classes), say=run.print)
         if report["mean"] is not None:
-            state = renormalised(state, (report["mean"], report["std"]), (task.mean, task.std))
-        return {n: p.to(machine.device) for n, p in state.items()}
-    state = source_checkpoint(run, args, stage)
-    if state is None:
-        (whole_task,) = load_tasks([args.pretrain_data], args, machine).values()
-        torch.manual_seed(args.seed)
-        net = backbone(argparse.Namespace(**{**vars(args), "size": size}), (args.ancestry_depth,), whole_task.num_classes).to(machine.device)
-        fit(run, args, machine, stage, net, lambda x, step: net(x), whole_task, args.pretrain_epochs * len(whole_task.labels["train"]), args.lr)
-        run.print(f"{stage}: {accuracy(net.eval(), whole_task, 'val', machine.device):.1f} % on val")
-        state = net.state_dict()
-    return {n: p.to(machine.device) for n, p in state.items()}
+            net.load_state_dict(renormalised(net.state_dict(), (report["mean"], report["std"]), (target.mean, target.std)))
+        return net.to(machine.device).eval().requires_grad_(False)
+    path, state = source_checkpoint(run, args, stage)
+    task = None if state else load_tasks([args.pretrain_data], args, machine)[args.pretrain_data]
+    torch.manual_seed(args.seed)
+    net = build(len(state["head.bias"]) if state else task.num_classes).to(machine.device)
+    if state:
+        load_weights(net, state, path)
+    else:
+        fit(run, args, machine, stage, net, lambda x, step: net(x), task, args.pretrain_epochs * len(task.labels["train"]), args.lr)
+        run.print(f"{stage}: {accuracy(net.eval(), task, 'val', machine.device):.1f} % on val")
+    return net.eval().requires_grad_(False)
 
 
 def tleg(run, args, machine):
     """TLEG (Xia et al. 2024): theta_l = theta_B + (l - 1) / L theta_A, both trained at once under the pretrained network's soft
     labels. It is `compose` with two learngenes. Returns (theta [(2, P)], stem)."""
     stage = f"tleg-{args.size}"
-    depths, state = (args.ancestry_depth,), source_checkpoint(run, args, stage)
+    path, state = source_checkpoint(run, args, stage)
     torch.manual_seed(args.seed)
-    net = backbone(args, depths, 0)
+    net = backbone(args, (args.ancestry_depth,), 0)
     groups = block_groups(net)
     genes = nn.ModuleList([new_learngene(net, "block"), new_learngene(net, "delta")])       # its authors': theta_A starts without gains
     classes = len(state["head.bias"]) if state else load_tasks([args.pretrain_data], args, machine)[args.pretrain_data].num_classes
@@ -712,11 +712,10 @@ def tleg(run, args, machine):
     module = nn.ModuleDict({"genes": genes, "head": head, "stem": nn.ParameterDict({n.replace(".", "/"): p for n, p in stem_of(net).items()})})
     net.to(machine.device), module.to(machine.device)
     if state:
-        load_weights(module, state, stage)
+        load_weights(module, state, path)
     else:
-        (task,) = load_tasks([args.pretrain_data], args, machine).values()
-        teacher = backbone(args, depths, task.num_classes).to(machine.device).eval().requires_grad_(False)
-        load_weights(teacher, pretrained(run, args, machine, args.size, task), f"pretrain-{args.size}")
+        task = load_tasks([args.pretrain_data], args, machine)[args.pretrain_data]
+        teacher = pretrained(run, args, machine, args.size, task)
         base = [base.to(machine.device) for base in gain_offset(groups, "block")]
         forward = composed_forward(net, groups, genes, head, group_coefficients(groups, 2, TLEG_SETTINGS, machine.device), lambda step: base)
         fit(run, args, machine, stage, module, forward, task, args.tleg_epochs * len(task.labels["train"]), args.lr,
@@ -789,9 +788,9 @@ def initialise(method, run, args, machine, pool, depths, num_classes, G, task=No
     if method == "weight-selection":
         if args.size not in LARGER:
             fail(f"weight selection needs a network larger than {args.size}; there is none, choose a smaller --size")
-        weight_selection(net, pretrained(run, args, machine, LARGER[args.size], task))
+        weight_selection(net, pretrained(run, args, machine, LARGER[args.size], task).state_dict())
         return net
-    state = pretrained(run, args, machine, args.size, task)
+    state = pretrained(run, args, machine, args.size, task).state_dict()
     kept = min(L, {"prefine": L, "heur": 3, "auto": L_a // 2, "peg": 0}[method])     # Heur: last 3 blocks; Auto: first 6 of 12
     inherit(net, state, {L - 1 - i: L_a - 1 - i for i in range(kept)} if method == "heur" else {i: i for i in range(kept)})
     if method == "peg":
@@ -819,6 +818,8 @@ def selection(method, draw, run, args, machine, pool, task, depths, cache):
     if method not in OURS:
         return None
     N = len(pool)
+    if args.genes > N:
+        fail(f"--genes {args.genes}: the pool {pool.path} has {N} learngenes")
     if method == "all":
         return (1,) * N
     if method == "random" and args.genes:
@@ -1081,6 +1082,8 @@ def settings(argv=None):
         fail(f"--stage {args.stage} is written for ViT, not for {args.size}")
     if args.stage == "segment" and (args.crop % args.patch or args.crop > args.scene_size):
         fail(f"--crop {args.crop} must be a multiple of --patch {args.patch} and at most --scene-size {args.scene_size}")
+    if args.stage == "segment" and args.stride > args.crop:
+        fail(f"--stride {args.stride} leaves pixels between windows of --crop {args.crop}; choose at most {args.crop}")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         fail(f"--batch-size {args.batch_size} does not divide among {os.environ['WORLD_SIZE']} processes")
     depths_of(args)
@@ -1128,6 +1131,8 @@ def ancestry(run, args, machine):
     pool, names = open_pool(args, machine), args.tasks or stream(args.stream)
     tasks = load_tasks(names, args, machine)
     for name in names:
+        if tasks[name].segmentation:
+            fail(f"{name} has masks, not classes; a learngene is learned on classes")
         known = next((r for r in pool.records if r["dataset"] == name), None)
         counts = {split: len(y) for split, y in tasks[name].labels.items()}
         if known and (known["class_names"], known["counts"]) != (tasks[name].class_names, counts):

@@ -79,8 +79,8 @@ adaptive)
     for seed in $seeds; do al "small-s$seed" --seed "$seed"; done
     after source; al source --stage pretrain --size drawn-tiny --method tleg,weight-selection
     for seed in $seeds; do al "tiny-s$seed" --seed "$seed" --size drawn-tiny; done
-    al domains --stream signs:0-15,digits:0-4,glyphs:0-49,clothing:0-4 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 20)
-    al swin --size drawn-swin --stream "wide/10#1,wide/10#2,wide/10#3,wide/10#4,wide/10#5" $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
+    al domains --stream base:0-7,signs:0-15,textures:0-9,clothing:0-4 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 20)
+    al swin --size drawn-swin --stream wide/5 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
     finish
     for seed in $seeds; do
         for size in small tiny; do          # Table 1, Fig. 4 (random draws, small), Table 4 (all learngenes, small)
@@ -97,7 +97,7 @@ adaptive)
         al "constrained-s$seed" --stage train "${small[@]}" --data "$near" --constrained $(images 10000)
         al "figure3-s$seed" --stage train "${small[@]}" --data variety --method scratch,adaptive,prefine $(images 36000)
         al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 18000)
-        al "domains-s$seed" --stage select --seed "$seed" --pool "$out/domains/pool" --data signs:16-31,digits:5-9,glyphs:50-99,clothing:5-9
+        al "domains-s$seed" --stage select --seed "$seed" --pool "$out/domains/pool" --data signs:16-31,textures:10-19,clothing:5-9
     done
     for seed in 0 1 2 3 4 5 6 7 8 9; do     # REINFORCE against the exhaustive search
         al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds

@@ -1782,6 +1782,5 @@ def test_batch_must_divide_among_processes(capsys, monkeypatch):
 
 def test_every_equation_has_its_line_of_code():
     lines = (ROOT / "adaptive_learngene.py").read_text().splitlines()
-    tags = [re.search(r"#.*Eqs?\. (.*)", line) for line in lines if line.split("#")[0].strip()]
-    found = {int(number) for tag in tags if tag for number in re.findall(r"\((\d)\)", tag[1])}
+    found = {int(number) for line in lines if line.split("#")[0].strip() for number in re.findall(r"#.*?Eq|Eq\. \((\d)\)", line) if number}
     assert found == set(range(1, 9))
