@@ -671,31 +671,36 @@ def source_checkpoint(run, args, stage):
     return path, saved["model"] if saved["step"] == saved["steps"] else None
 
 
-def pretrained(run, args, machine, size, target=None):
+def pretrained(run, args, machine, size):
     """A plain ViT trained on all classes of --pretrain-data at once, as many images as the whole stream shows: the ancestor of
-    Pre-Fine, Heur, Auto, PEG and weight selection, and TLEG's teacher. Or a published one, --pretrained, that takes images as
-    the task `target` normalises them."""
+    Pre-Fine, Heur, Auto, PEG and weight selection, and TLEG's teacher."""
     stage = f"pretrain-{size}"
-    build = lambda classes: backbone(argparse.Namespace(**{**vars(args), "size": size}), (args.ancestry_depth,), classes)
-    if args.pretrained:
-        files = {vit_state(read_weights(file)[0], 1, file)[1].width: file for file in args.pretrained.split(",")}
-        if VIT_SIZES[size][0] not in files:
-            fail(f"a network of width {VIT_SIZES[size][0]} ({size}) is needed, but --pretrained names files of width "
-                 f"{', '.join(map(str, files))}")
-        net, report = load_pretrained(files[VIT_SIZES[size][0]], net=build(target.num_classes), say=run.print)
-        if report["mean"] is not None:
-            net.load_state_dict(renormalised(net.state_dict(), (report["mean"], report["std"]), (target.mean, target.std)))
-        return net.to(machine.device).eval().requires_grad_(False)
     path, state = source_checkpoint(run, args, stage)
     task = None if state else load_tasks([args.pretrain_data], args, machine)[args.pretrain_data]
     torch.manual_seed(args.seed)
-    net = build(len(state["head.bias"]) if state else task.num_classes).to(machine.device)
+    net = backbone(argparse.Namespace(**{**vars(args), "size": size}), (args.ancestry_depth,), len(state["head.bias"]) if state else task.num_classes)
+    net.to(machine.device)
     if state:
         load_weights(net, state, path)
     else:
         fit(run, args, machine, stage, net, lambda x, step: net(x), task, args.pretrain_epochs * len(task.labels["train"]), args.lr)
         run.print(f"{stage}: {accuracy(net.eval(), task, 'val', machine.device):.1f} % on val")
     return net.eval().requires_grad_(False)
+
+
+def ancestor(run, args, machine, size, task):
+    """That network, or the one of this size among the published ones of --pretrained, made to take images as `task` normalises them."""
+    if not args.pretrained:
+        return pretrained(run, args, machine, size)
+    files = {vit_state(read_weights(file)[0], 1, file)[1].width: file for file in args.pretrained.split(",")}
+    width = VIT_SIZES[size][0]
+    if width not in files:
+        fail(f"a network of width {width} ({size}) is needed, but --pretrained names files of width {', '.join(map(str, files))}")
+    net = backbone(argparse.Namespace(**{**vars(args), "size": size}), (args.ancestry_depth,), task.num_classes)
+    net, report = load_pretrained(files[width], net=net, say=run.print)
+    if report["mean"] is not None:
+        net.load_state_dict(renormalised(net.state_dict(), (report["mean"], report["std"]), (task.mean, task.std)))
+    return net.to(machine.device).eval().requires_grad_(False)
 
 
 def tleg(run, args, machine):
@@ -715,7 +720,7 @@ def tleg(run, args, machine):
         load_weights(module, state, path)
     else:
         task = load_tasks([args.pretrain_data], args, machine)[args.pretrain_data]
-        teacher = pretrained(run, args, machine, args.size, task)
+        teacher = ancestor(run, args, machine, args.size, task)
         base = [base.to(machine.device) for base in gain_offset(groups, "block")]
         forward = composed_forward(net, groups, genes, head, group_coefficients(groups, 2, TLEG_SETTINGS, machine.device), lambda step: base)
         fit(run, args, machine, stage, module, forward, task, args.tleg_epochs * len(task.labels["train"]), args.lr,
@@ -788,9 +793,9 @@ def initialise(method, run, args, machine, pool, depths, num_classes, G, task=No
     if method == "weight-selection":
         if args.size not in LARGER:
             fail(f"weight selection needs a network larger than {args.size}; there is none, choose a smaller --size")
-        weight_selection(net, pretrained(run, args, machine, LARGER[args.size], task).state_dict())
+        weight_selection(net, ancestor(run, args, machine, LARGER[args.size], task).state_dict())
         return net
-    state = pretrained(run, args, machine, args.size, task).state_dict()
+    state = ancestor(run, args, machine, args.size, task).state_dict()
     kept = min(L, {"prefine": L, "heur": 3, "auto": L_a // 2, "peg": 0}[method])     # Heur: last 3 blocks; Auto: first 6 of 12
     inherit(net, state, {L - 1 - i: L_a - 1 - i for i in range(kept)} if method == "heur" else {i: i for i in range(kept)})
     if method == "peg":
