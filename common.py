@@ -685,7 +685,7 @@ def check_export(path, format, pool):
         fail(f"the file to write (--output or --export) ends in .pt, .pth or .safetensors and --format is timm or torchvision, not {path} "
              f"and {format}")
     if format == "torchvision" and pool == "avg":
-        fail("torchvision's ViT takes no mean over patches; train with --pool token, or say --format timm")
+        fail("torchvision's ViT takes no mean over patches: give the network a class token, or say --format timm")
 
 
 def export_weights(state, config, path, format="timm", card=None):

@@ -1601,7 +1601,7 @@ class FileTask(Task):
         return self.normalise(images), self.labels[split][to_device(rows, self.device)]
 
     def pixels(self, split, rows):
-        keys = ([(row, False, ()) for row in part] for part in rows.cpu().split(100))
+        keys = ([(row, False, ()) for row in part.tolist()] for part in rows.cpu().split(100))
         return torch.cat([self.take(split, *read) for read in self.stream(split, keys, self.workers if len(rows) > 500 else 0)])
 
     def only(self, rows):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import adaptive_learngene as al
 import data
 import tal
-from common import IMAGENET, ViT, ViTConfig, load_pretrained, read_weights
+from common import HALF, IMAGENET, ViT, ViTConfig, load_pretrained, read_weights, renormalised, vit_config
 from conftest import TINY
 from test_checkpoints import hugging_face, random_weights, saved, torchvision_vit
 from test_common import log_of, refuses
@@ -123,7 +124,7 @@ def test_customize_says_what_it_makes(drawn, tmp_path, capsys):
     assert read_weights(tmp_path / "vit.pt")[0]["pos_embed"].shape == (1, 14 ** 2, 64)
 
 
-@pytest.mark.parametrize("flags, words", [("--format onnx", "--format"), ("--format torchvision", "--pool token"),
+@pytest.mark.parametrize("flags, words", [("--format onnx", "--format"), ("--format torchvision", "class token"),
                                           ("--output {out}/a.onnx", "--output"), ("--data /no/such", "/no/such")])
 def test_customize_bad_input(flags, words, drawn, tuned, tmp_path, capsys):
     root = images(tmp_path / "mine", 2)
@@ -136,6 +137,101 @@ def test_scenes_are_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(data.SPECS, "scenes", data.SPECS["scenes"]._replace(sizes=(4, 4, 4)))
     refuses(capsys, lambda: tal.main([*TINY, "--stage", "customize", "--data", "scenes", "--data-dir", str(tmp_path), "--tal-dir", str(tmp_path),
                                       "--output", str(tmp_path / "a.pt")]), "scenes has a class for every pixel")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adaptive-Learngene
+# ----------------------------------------------------------------------------------------------------------------------
+
+SMALL = ("--size drawn-tiny --ancestry-depth 2 --patch 16 --batch-size 8 --ancestry-epochs 1 --train-epochs 2 --select-steps 5 --looks 0 "
+         "--split val --device cpu").split()
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """A run directory with a learngene for each of two folders of images, and a folder of two further classes."""
+    root = tmp_path_factory.mktemp("pool")
+    names = [str(images(root / name, classes, 6)) for name, classes in (("first", 2), ("second", 3))]
+    al.main([*SMALL, "--stage", "ancestry", "--data", ",".join(names), "--output", str(root / "run")])
+    return root
+
+
+def test_state_for_another_normalisation():
+    net, pixels = random_weights(ViT(ViTConfig(32, 8, 64, 2, 4, 5))), torch.rand(4, 3, 32, 32)
+    a, b = [[torch.tensor(t).view(3, 1, 1) for t in pair] for pair in (HALF, IMAGENET)]
+    with torch.no_grad():
+        expected = net((pixels - a[0]) / a[1])
+        net.load_state_dict(renormalised(net.state_dict(), HALF, IMAGENET))
+        torch.testing.assert_close(net((pixels - b[0]) / b[1]), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("flags, learngenes", [("--method adaptive", None), ("--method all --constrained --format torchvision", [1, 2]),
+                                               ("--method all --recipe deit", [1, 2]), ("--method random --draws 1 --genes 1", None)])
+def test_descendants_are_written(flags, learngenes, pool, tmp_path, monkeypatch):
+    """What is written scores what was measured; the card says of what it is made. torchvision needs a class token."""
+    if "torchvision" in flags:
+        flags += f" --pool-type token --pool {tmp_path / 'pool'}"
+        al.main([*SMALL, "--stage", "ancestry", "--data", f"{pool / 'first'},{pool / 'second'}", "--output", str(tmp_path / "run"),
+                 *flags.split()[-4:]])
+    root, out = images(tmp_path / "mine", 3, mode="L"), tmp_path / "net.pt"
+    al.main([*SMALL, "--stage", "train", "--data", str(root), "--output", str(pool / "run"), "--depth", "3", "--export", str(out), *flags.split()])
+    card = json.loads((tmp_path / "net.json").read_text())
+    assert card["class_names"] == sorted(os.listdir(root)) and len(card["pool"]) == 64 and card["images"] == 24
+    assert card["learngenes"] and (learngenes is None or card["learngenes"] == learngenes)
+    net, report = load_pretrained(out)
+    assert (report["source"], report["mean"]) == (card["format"], tuple(card["mean"])) and net.config.depth == 3
+    assert tal.accuracy(net.eval(), data.load(str(root)), "val", "cpu") == card["accuracy"]
+
+
+def test_learngenes_are_made_when_missing(pool, tmp_path, capsys):
+    root = images(tmp_path / "mine", 2)
+    argv = [*SMALL, "--stage", "train", "--data", str(root), "--stream", f"{pool / 'first'}", "--output", str(tmp_path / "run")]
+    refuses(capsys, lambda: al.main(argv), "no learngenes")
+    al.main([*argv, "--export", str(tmp_path / "net.safetensors")])
+    assert "there are no learngenes in" in capsys.readouterr().out and (tmp_path / "net.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["prefine", "heur", "auto", "peg", "weight-selection"])
+def test_published_ancestors(method, tmp_path, capsys):
+    """Files for the size and for the next larger one; the patch embedding is changed for the task's normalisation."""
+    root, files = images(tmp_path / "mine", 2), []
+    for size in ("drawn-tiny", "drawn-small"):
+        net = random_weights(ViT(vit_config(size, 2, image_size=32, patch_size=16, num_classes=9)))
+        files.append(str(saved(tmp_path / f"{size}.safetensors", net.state_dict())))
+    argv = [*SMALL, "--pool-type", "token", "--stage", "train", "--method", method, "--data", str(root), "--train-images", "8",
+            "--pretrained", ",".join(files)]
+    al.main([*argv, "--output", str(tmp_path / "run"), "--export", str(tmp_path / "net.pt")])
+    said = capsys.readouterr().out
+    assert "drawn-small.safetensors: " in said if method == "weight-selection" else "drawn-tiny.safetensors: " in said
+    assert json.loads((tmp_path / "net.json").read_text())["pool"] is None
+    task = data.load(str(root))
+    net = al.ancestor(al.Run(tmp_path, {}, CPU), al.settings(argv), CPU, "drawn-tiny", task)
+    theirs = read_weights(files[0])[0]
+    assert not torch.equal(net.patch_embed.proj.weight, theirs["patch_embed.proj.weight"]) and torch.equal(net.pos_embed, theirs["pos_embed"])
+    refuses(capsys, lambda: al.main([*argv, "--size", "drawn-small" if method == "weight-selection" else "drawn-base",
+                                     "--output", str(tmp_path / "run")]), "a network of width 64 (drawn-base)")
+
+
+def test_rewards_of_tasks_in_files(pool, tmp_path, monkeypatch):
+    """Too large for memory, TALS sees the same images: the same rewards, whichever head."""
+    logs = []
+    for memory in (12, 0):
+        monkeypatch.setattr(data, "MEMORY", memory)
+        for head in ("ncm", "trained"):
+            out = tmp_path / f"{head}-{memory}"
+            al.main([*SMALL, "--stage", "select", "--data", str(pool / "second"), "--output", str(out), "--pool", str(pool / "run/pool"),
+                     "--reward-head", head, "--reward-images", "8", "--search", "exhaustive"])
+            logs.append(log_of(out, "select")[0]["reward"])
+    assert logs[:2] == logs[2:]
+
+
+@pytest.mark.parametrize("flags, words", [("--stage select --export {out}/a.pt", "--export"), ("--export {out}/a.onnx", "--export"),
+                                          ("--export {out}/a.pt --format torchvision", "class token"), ("--export {out}/a.pt --method all,scratch", "one --method"),
+                                          ("--method prefine --pretrained /no/such.pth", "/no/such.pth")])
+def test_exports_that_cannot_be(flags, words, pool, tmp_path, capsys):
+    refuses(capsys, lambda: al.main([*SMALL, "--stage", "train", "--data", str(pool / "first"), "--output", str(tmp_path / "run"),
+                                     *flags.format(out=tmp_path).split()]), words)
+    assert not list(tmp_path.glob("*.*"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,3 +274,37 @@ def test_paper_preset_takes_steps(real, tmp_path, capsys):
     steps = {stage: log_of(tmp_path / "run", stage) for stage in ("pretrain", "tune")}
     assert [len(s) for s in steps.values()] == [1, 1] and all(np.isfinite(r["loss"]) for s in steps.values() for r in s)
     assert "4 train images where the whole set has 31,367" in done.stdout
+
+
+TENTH = """
+import resource, sys
+import torch
+import adaptive_learngene as al, common
+args = al.settings(sys.argv[1:])
+machine = common.setup_machine("cpu", "auto", 0, 1)
+pool, net = al.open_pool(args, machine), al.backbone(args, (12,), 0)
+gene = {n: p.detach() for n, p in al.new_learngene(net, "delta").named_parameters()}
+stem = {n: p.detach() for n, p in al.stem_of(net).items()}
+for n in range(1, 10):                                       # nine learngenes, for what they cost
+    pool.add(gene=gene, head={}, stem=stem if n == 1 else {}, dataset=str(n), class_names=["a", "b"], counts={}, depths=[12], seed=0)
+    pool.seal(False, logits="", val=0.0)
+(task,) = al.load_tasks(["imagenet/10#10"], args, machine).values()
+al.learn(al.Run(args.output, vars(args), machine), args, machine, pool, task)
+print(len(pool), task.num_classes, type(task).__name__)
+print("peak:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, "GiB")
+"""
+
+
+def test_the_tenth_learngene_of_deit_base(tmp_path, capsys):
+    """DeiT-Base with ten learngenes at 224 px, batch 8, DeiT's recipe, a subset of an ImageNet of 20 classes: one step."""
+    folders(tmp_path / "imagenet", ("train", "val"), [f"n{k:08d}" for k in range(20)], each=4)
+    argv = ["--preset", "paper", "--size", "base", "--stage", "ancestry", "--batch-size", "8", "--ancestry-epochs", "1", "--data-dir",
+            str(tmp_path), "--output", str(tmp_path / "run"), "--workers", "1", "--threads", "1", "--log-every", "1"]
+    done = subprocess.run([sys.executable, "-c", TENTH, *argv], capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout.splitlines()
+    with capsys.disabled():
+        print(f"\nDeiT-Base with ten learngenes, 224 px, batch 8: {said[-1]}")
+    assert said[-2] == "10 2 FileTask" and float(said[-1].split()[1]) < 12
+    (record,) = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert np.isfinite(record["loss"])
