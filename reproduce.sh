@@ -81,6 +81,8 @@ adaptive)
     for seed in $seeds; do al "tiny-s$seed" --seed "$seed" --size drawn-tiny; done
     al domains --stream base:0-7,signs:0-15,textures:0-9,clothing:0-4 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 20)
     al swin --size drawn-swin --stream wide/5 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
+    # What becomes of learngenes that never had to stand alone, under every start.
+    for init in delta block zero; do al "literal-$init" --init "$init" --gene-dropout 0 --stream "wide/10#1,wide/10#2,wide/10#3"; done
     finish
     for seed in $seeds; do
         for size in small tiny; do          # Table 1, Fig. 4 (random draws, small), Table 4 (all learngenes, small)
@@ -226,6 +228,10 @@ elif part == "adaptive":
         rows.append([p, f"{statistics.mean(r['val'] for r in own.values()):.1f}", f"{sum(r['kept'] for r in own.values())} of {sum(r['earlier'] for r in own.values())}",
                      f"{min(map(statistics.mean, alone[:-1])):.1f} to {max(map(statistics.mean, alone[:-1])):.1f}", f"{statistics.mean(alone[-1]):.1f}", f"{best} of {len(alone[0])}"])
     lines += table(["pool", "own dataset, %", "earlier logits unchanged", "learngenes alone, class means, %", "untrained network", "datasets whose own learngene is the best alone"], rows)
+    lines += ["", "## Three learngenes that learned without gene-dropout, each alone: class means on the three datasets (val), %"]
+    lines += table(["start", "1", "2", "3", "untrained network"], [
+        [p.parent.name.removeprefix("literal-")] + [f"{statistics.mean(row):.1f}" for row in log(p.parent.name, "alone")[-1]["table"]]
+        for p in sorted(out.glob("literal-*/log.jsonl"))])
     lines += ["", "## REINFORCE against exhaustive search (kinds, drawn-tiny, ten seeds)"]
     found = {r["seed"]: r for r in log("search-*", "select") if r["search"] == "reinforce"}
     best = {r["seed"]: r for r in log("search-*", "select") if r["search"] == "exhaustive"}
