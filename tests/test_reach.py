@@ -13,7 +13,7 @@ from PIL import Image
 import adaptive_learngene as al
 import data
 import tal
-from common import HALF, IMAGENET, ViT, ViTConfig, load_pretrained, read_weights, renormalised, vit_config
+from common import HALF, IMAGENET, ViT, ViTConfig, export_weights, load_pretrained, read_weights, renormalised, vit_config
 from conftest import TINY
 from test_checkpoints import hugging_face, random_weights, saved, torchvision_vit
 from test_common import log_of, refuses
@@ -131,6 +131,20 @@ def test_customize_bad_input(flags, words, drawn, tuned, tmp_path, capsys):
     refuses(capsys, lambda: tal.main([*TINY, "--stage", "customize", "--data", str(root), "--data-dir", str(drawn), "--tal-dir", str(tuned),
                                       "--output", str(tmp_path / "a.pt"), *flags.format(out=tmp_path).split()]), words)
     assert os.listdir(tmp_path) == ["mine"]
+
+
+@pytest.mark.parametrize("format, pool", [("timm", "avg"), ("torchvision", "token")])
+def test_readme_shows_the_call_of_the_card(format, pool, tmp_path):
+    config = ViTConfig(32, 8, 384, 6, 6, 2, pool)
+    export_weights(ViT(config).state_dict(), config, tmp_path / "vit.pt", format)
+    assert json.loads((tmp_path / "vit.json").read_text())["build"] in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_small_settings_are_those_of_the_drawn_preset():
+    """Whatever size and preset the network is asked for."""
+    for flags in ("--preset paper --method tal+ --data-dir d", "--image-size 224 --patch 16 --method tal+ --data-dir d"):
+        small = tal.small_settings(tal.settings(["--stage", "customize", *flags.split()]))
+        assert vars(small) == {**vars(tal.settings(["--stage", "customize", "--method", "tal+", "--data-dir", "d"]))}
 
 
 def test_scenes_are_refused(capsys, tmp_path, monkeypatch):
