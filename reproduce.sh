@@ -81,24 +81,12 @@ adaptive)
     for seed in $seeds; do al "tiny-s$seed" --seed "$seed" --size drawn-tiny; done
     al domains --stream base:0-7,signs:0-15,textures:0-9,clothing:0-4 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 20)
     al swin --size drawn-swin --stream wide/5 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
-    # What becomes of learngenes that never had to stand alone, under every start.
-    for init in delta block zero; do al "literal-$init" --init "$init" --gene-dropout 0 --stream "wide/10#1,wide/10#2,wide/10#3"; done
     finish
-    for seed in $seeds; do
-        small=(--seed "$seed" --pool "$out/small-s$seed/pool" --source "$out/source")
-        tiny=(--seed "$seed" --pool "$out/tiny-s$seed/pool" --source "$out/source" --size drawn-tiny)
-        al "table1-small-s$seed" --stage train "${small[@]}" --data "$six" --method "adaptive,all,$baselines" $(images 8000)
-        al "table1-tiny-s$seed" --stage train "${tiny[@]}" --data "$six" --method "adaptive,$baselines" $(images 8000)
-        al "table1-random-s$seed" --stage train "${small[@]}" --data "$near" --method random $(images 8000)
-        for depth in 3 6 9; do          # TALS looks at 1 % of this task, which are as many images as elsewhere
-            al "table2-$depth-s$seed" --stage train "${small[@]}" --depth "$depth" --data wide --method scratch,peg,tleg,adaptive \
-                --reward-share 0.01 $(images 8000)
-        done
-        al "table3-s$seed" --stage segment "${small[@]}" --data scenes --method scratch,prefine,heur,peg,adaptive $(images 4000)
-        for k in 1 2 3; do al "table4-$k-s$seed" --stage train "${small[@]}" --data "$near" --genes "$k" $(images 8000); done
-        al "constrained-s$seed" --stage train "${small[@]}" --data "$near" --constrained $(images 8000)
-        al "figure3-s$seed" --stage train "${small[@]}" --data variety --method scratch,adaptive,prefine $(images 24000)
-        al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 12000)
+    small() { echo --seed "$1" --pool "$out/small-s$1/pool" --source "$out/source"; }
+    for seed in $seeds; do      # Table 1; "all" is for Table 4, "random" for Fig. 4
+        al "table1-small-s$seed" --stage train $(small "$seed") --data "$six" --method "adaptive,all,$baselines" $(images 8000)
+        al "table1-random-s$seed" --stage train $(small "$seed") --data "$near" --method random $(images 8000)
+        for k in 1 2 3; do al "table4-$k-s$seed" --stage train $(small "$seed") --data "$near" --genes "$k" $(images 8000); done
         al "domains-s$seed" --stage select --seed "$seed" --pool "$out/domains/pool" --data signs:16-31,textures:10-19,clothing:5-9
     done
     for seed in 0 1 2 3 4 5 6 7 8 9; do     # REINFORCE against the exhaustive search
@@ -107,6 +95,22 @@ adaptive)
     finish
     for seed in 0 1 2 3 4 5 6 7 8 9; do
         al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds --search exhaustive
+    done
+    for seed in $seeds; do
+        al "figure3-s$seed" --stage train $(small "$seed") --data variety --method scratch,adaptive,prefine $(images 24000)
+        al "table1-tiny-s$seed" --stage train --size drawn-tiny --seed "$seed" --pool "$out/tiny-s$seed/pool" --source "$out/source" \
+            --data "$six" --method "adaptive,$baselines" $(images 8000)
+        for depth in 3 6 9; do              # TALS looks at 1 % of this task, which are as many images as elsewhere
+            al "table2-$depth-s$seed" --stage train $(small "$seed") --depth "$depth" --data wide --method scratch,peg,tleg,adaptive \
+                --reward-share 0.01 $(images 8000)
+        done
+        al "table3-s$seed" --stage segment $(small "$seed") --data scenes --method scratch,prefine,heur,peg,adaptive $(images 4000)
+        al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 12000)
+        al "constrained-s$seed" --stage train $(small "$seed") --data "$near" --constrained $(images 8000)
+    done
+    # What becomes of learngenes that never had to stand alone, under every start.
+    for init in delta block zero; do
+        al "literal-$init" --init "$init" --gene-dropout 0 --stream "wide/10#1,wide/10#2,wide/10#3" $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
     done
     finish ;;
 data)
