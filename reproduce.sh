@@ -77,10 +77,7 @@ adaptive)
     # Ten class subsets of the wide task, one learngene each; beside them the ancestors of the baselines, on as many images.
     al source --stage pretrain --size drawn-small --method tleg,weight-selection
     for seed in $seeds; do al "small-s$seed" --seed "$seed"; done
-    after source; al source --stage pretrain --size drawn-tiny --method tleg,weight-selection
-    for seed in $seeds; do al "tiny-s$seed" --seed "$seed" --size drawn-tiny; done
     al domains --stream base:0-7,signs:0-15,textures:0-9,clothing:0-4 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 20)
-    al swin --size drawn-swin --stream wide/5 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
     finish
     small() { echo --seed "$1" --pool "$out/small-s$1/pool" --source "$out/source"; }
     for seed in $seeds; do      # Table 1; "all" is for Table 4, "random" for Fig. 4
@@ -89,6 +86,10 @@ adaptive)
         for k in 1 2 3; do al "table4-$k-s$seed" --stage train $(small "$seed") --data "$near" --genes "$k" $(images 8000); done
         al "domains-s$seed" --stage select --seed "$seed" --pool "$out/domains/pool" --data signs:16-31,textures:10-19,clothing:5-9
     done
+    for seed in $seeds; do al "tiny-s$seed" --seed "$seed" --size drawn-tiny; done
+    al source --stage pretrain --size drawn-tiny --method tleg,weight-selection
+    al swin --size drawn-swin --stream wide/5 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
+    finish
     for seed in 0 1 2 3 4 5 6 7 8 9; do     # REINFORCE against the exhaustive search
         al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds
     done
