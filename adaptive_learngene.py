@@ -586,7 +586,7 @@ def make_rewards(run, args, machine, pool, task, depths):
             torch.randperm(len(y), generator=data.generator(args.seed, 7))[:math.ceil(args.reward_share * len(y))]).to(machine.device)
     rest = torch.ones_like(y if not segmentation else y[:, 0, 0], dtype=torch.bool).index_fill_(0, rows, False)
     x, y = task.pixels("train", rows), y[rows]       # bytes: what is looked at of a large dataset fits memory as such
-    net = backbone(args, depths, 0).to(machine.device).eval()
+    net, drawn_at = backbone(args, depths, 0).to(machine.device).eval(), x.shape[-1]
     if segmentation:
         side = args.image_size
         x, y = x[..., :side, :side], patch_labels(y[:, :side, :side], args.patch, C).flatten()
@@ -610,8 +610,8 @@ def make_rewards(run, args, machine, pool, task, depths):
         logits = (short_training if args.reward_head == "trained" else closed_form)(G)
         return float(reward(logits, y, G, args.gamma, args.lam)), percent(logits, y)
 
-    about = [pool.hash, task.name, C, len(rest), depths, str(machine.device)] + [getattr(args, k) for k in (
-        "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment", "image_size", "scene_size")]
+    about = [pool.hash, task.name, C, len(rest), drawn_at, depths, str(machine.device)] + [getattr(args, k) for k in (
+        "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment", "image_size")]
     about += [args.recipe] * (args.recipe != "shift")
     file = run.dir / f"rewards-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl"
     return Rewards(score, len(pool), file if machine.rank == 0 else None), len(y), 100 * float(torch.bincount(y).max()) / len(y)

@@ -77,36 +77,41 @@ adaptive)
     # Ten class subsets of the wide task, one learngene each; beside them the ancestors of the baselines, on as many images.
     al source --stage pretrain --size drawn-small --method tleg,weight-selection
     for seed in $seeds; do al "small-s$seed" --seed "$seed"; done
-    after source; al source --stage pretrain --size drawn-tiny --method tleg,weight-selection
-    for seed in $seeds; do al "tiny-s$seed" --seed "$seed" --size drawn-tiny; done
     al domains --stream base:0-7,signs:0-15,textures:0-9,clothing:0-4 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 20)
-    al swin --size drawn-swin --stream wide/5 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
-    # What becomes of learngenes that never had to stand alone, under every start.
-    for init in delta block zero; do al "literal-$init" --init "$init" --gene-dropout 0 --stream "wide/10#1,wide/10#2,wide/10#3"; done
     finish
-    for seed in $seeds; do
-        for size in small tiny; do          # Table 1, Fig. 4 (random draws, small), Table 4 (all learngenes, small)
-            ours=adaptive; if [[ $size == small ]]; then ours=adaptive,all,random; fi
-            al "table1-$size-s$seed" --stage train --seed "$seed" --size "drawn-$size" --pool "$out/$size-s$seed/pool" --source "$out/source" \
-                --data "$six" --method "$ours,$baselines" $(images 10000)
-        done
-        small=(--seed "$seed" --pool "$out/small-s$seed/pool" --source "$out/source")
-        for depth in 3 6 9; do
-            al "table2-$depth-s$seed" --stage train "${small[@]}" --depth "$depth" --data wide --method scratch,peg,tleg,adaptive $(images 10000)
-        done
-        al "table3-s$seed" --stage segment "${small[@]}" --data scenes --method scratch,prefine,heur,peg,adaptive $(images 6000)
-        for k in 1 2 3; do al "table4-$k-s$seed" --stage train "${small[@]}" --data "$near" --genes "$k" $(images 10000); done
-        al "constrained-s$seed" --stage train "${small[@]}" --data "$near" --constrained $(images 10000)
-        al "figure3-s$seed" --stage train "${small[@]}" --data variety --method scratch,adaptive,prefine $(images 36000)
-        al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 18000)
+    small() { echo --seed "$1" --pool "$out/small-s$1/pool" --source "$out/source"; }
+    for seed in $seeds; do      # Table 1; "all" is for Table 4, "random" for Fig. 4
+        al "table1-small-s$seed" --stage train $(small "$seed") --data "$six" --method "adaptive,all,$baselines" $(images 8000)
+        al "table1-random-s$seed" --stage train $(small "$seed") --data "$near" --method random $(images 8000)
+        for k in 1 2 3; do al "table4-$k-s$seed" --stage train $(small "$seed") --data "$near" --genes "$k" $(images 8000); done
         al "domains-s$seed" --stage select --seed "$seed" --pool "$out/domains/pool" --data signs:16-31,textures:10-19,clothing:5-9
     done
+    for seed in $seeds; do al "tiny-s$seed" --seed "$seed" --size drawn-tiny; done
+    al source --stage pretrain --size drawn-tiny --method tleg,weight-selection
+    al swin --size drawn-swin --stream wide/5 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
+    finish
     for seed in 0 1 2 3 4 5 6 7 8 9; do     # REINFORCE against the exhaustive search
         al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds
     done
     finish
     for seed in 0 1 2 3 4 5 6 7 8 9; do
         al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds --search exhaustive
+    done
+    for seed in $seeds; do
+        al "figure3-s$seed" --stage train $(small "$seed") --data variety --method scratch,adaptive,prefine $(images 24000)
+        al "table1-tiny-s$seed" --stage train --size drawn-tiny --seed "$seed" --pool "$out/tiny-s$seed/pool" --source "$out/source" \
+            --data "$six" --method "adaptive,$baselines" $(images 8000)
+        for depth in 3 6 9; do              # TALS looks at 1 % of this task, which are as many images as elsewhere
+            al "table2-$depth-s$seed" --stage train $(small "$seed") --depth "$depth" --data wide --method scratch,peg,tleg,adaptive \
+                --reward-share 0.01 $(images 8000)
+        done
+        al "table3-s$seed" --stage segment $(small "$seed") --data scenes --method scratch,prefine,heur,peg,adaptive $(images 4000)
+        al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 12000)
+        al "constrained-s$seed" --stage train $(small "$seed") --data "$near" --constrained $(images 8000)
+    done
+    # What becomes of learngenes that never had to stand alone, under every start.
+    for init in delta block zero; do
+        al "literal-$init" --init "$init" --gene-dropout 0 --stream "wide/10#1,wide/10#2,wide/10#3" $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
     done
     finish ;;
 data)
@@ -167,19 +172,20 @@ elif part == "adaptive":
 
     done, lines = log("table1-*", "train"), ["Drawn data, test split unless said otherwise; mean ± standard deviation between seeds."]
     tasks = list(dict.fromkeys(r["task"] for r in done))
-    lines += ["", "## Table 1: six tasks, 10,000 images each"]
+    lines += ["", "## Table 1: six tasks, 8,000 images each"]
     rows = []
     for size in ("drawn-tiny", "drawn-small"):
         for m in [m for m in names if any((r["method"], r["size"]) == (m, size) for r in done)]:
             mine = [r for r in done if (r["method"], r["size"]) == (m, size)]
-            rows.append([size, names[m]] + [spread(by_seed([r for r in mine if r["task"] == t])) for t in tasks] + [spread(by_seed(mine))])
+            cells = [by_seed([r for r in mine if r["task"] == t]) for t in tasks]
+            rows.append([size, names[m]] + [spread(c) if c else "-" for c in cells] + [spread(by_seed(mine)) if all(cells) else "-"])
     lines += table(["size", "start", *tasks, "mean"], rows)
-    lines += ["", "## Table 2: depths, the wide task, 10,000 images (the ancestry has 6 layers)"]
+    lines += ["", "## Table 2: depths, the wide task, 8,000 images (the ancestry has 6 layers)"]
     records = log("table2-*", "train")
     depths = sorted({r["depths"][0] for r in records})
     lines += table(["start", *map(str, depths)], [[names[m]] + [spread(by_seed([r for r in records if (r["method"], r["depths"][0]) == (m, d)])) for d in depths]
                                                   for m in dict.fromkeys(r["method"] for r in records)])
-    lines += ["", "## Table 3: segmentation, mIoU after 6,000 images"]
+    lines += ["", "## Table 3: segmentation, mIoU after 4,000 images"]
     records = log("table3-*", "segment")
     lines += table([names[m] for m in dict.fromkeys(r["method"] for r in records)],
                    [[spread(by_seed([r for r in records if r["method"] == m], "miou")) for m in dict.fromkeys(r["method"] for r in records)]])
@@ -206,7 +212,7 @@ elif part == "adaptive":
     lines += table(["size", "start", "images", "per seed", "accuracy at the end"], rows)
     lines += ["", "## Fig. 4: TALS against five random draws of as many learngenes (drawn-small)"]
     rows = []
-    for t in tasks:
+    for t in dict.fromkeys(r["task"] for r in done if r["method"] == "random"):
         mine = [r for r in done if r["size"] == "drawn-small" and r["task"] == t]
         tals, draws = ({s: [r["accuracy"] for r in mine if (r["method"], r["seed"]) == (m, s)] for s in sorted({r["seed"] for r in mine})} for m in ("adaptive", "random"))
         gap = [tals[s][0] - statistics.mean(draws[s]) for s in tals]
@@ -215,7 +221,7 @@ elif part == "adaptive":
                      f"{statistics.mean(statistics.stdev(v) for v in draws.values() if len(v) > 1):.1f}", ", ".join(f"{g:+.1f}" for g in gap),
                      f"{sum(a < v[0] for s, v in tals.items() for a in draws[s])} of {sum(map(len, draws.values()))}"])
     lines += table(["task", "TALS selects (per seed)", "TALS", "mean of draws", "deviation between draws", "TALS - mean, per seed", "draws below TALS"], rows)
-    lines += ["", "## Both ways to train on (10,000 images, drawn-small)"]
+    lines += ["", "## Both ways to train on (8,000 images, drawn-small)"]
     records = [r for r in done if (r["method"], r["size"]) == ("adaptive", "drawn-small")] + log("constrained-*", "train")
     rows = [[("constrained" if c else "initialise only")] + [spread(by_seed([r for r in records if (r["constrained"], r["task"]) == (c, t)])) for t in tasks[:3]] +
             [", ".join(f"{r['trainable']:,}" for r in records if r["constrained"] == c and r["task"] == tasks[0])] for c in (False, True)]
