@@ -23,9 +23,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")         # read when torch is imported; --threads has the last word
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
+from PIL import Image
 
 import adaptive_learngene as al
+import data
 import tal
 from common import VIT_SIZES, Run, Training, ViT, ViTConfig, parameter_groups, setup_machine
 
@@ -341,6 +344,29 @@ def adaptive(flags, machine):
 # ------------------------------------------------------ The program ---------------------------------------------------
 
 
+def loading(batch_size=32, batches=8):
+    """JPEGs of 500 x 375 pixels, as most of ImageNet's are, to batches at 224 px: wall clock, as processes decode."""
+    rng, files = np.random.default_rng(0), 2 * batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(files):
+            path = Path(folder, "train", "ab"[k % 2], f"{k}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (47, 63, 3), np.uint8)).resize((500, 375), Image.BICUBIC).save(path, quality=90)
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*.jpg")) / files / 1e6
+        for augment in (False, "decathlon", "deit"):
+            rates = []
+            for workers in (0, 1, 2):
+                with contextlib.redirect_stdout(None):
+                    task = data.load(folder, image_size=224, memory=0)
+                task.workers = workers
+                task.batch("train", 0, batch_size, augment=augment)
+                start = time.perf_counter()
+                for step in range(1, 1 + batches):
+                    task.batch("train", step, batch_size, augment=augment)
+                rates.append(batches * batch_size / (time.perf_counter() - start))
+            yield augment or "no augmentation", *(f"{rate:.0f}" for rate in rates), f"{max(rates) * size:.1f}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU [1]")
@@ -348,7 +374,7 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     parser.add_argument("--amp", default="", help="precisions of the networks: none, bf16, fp16 [none; on cuda bf16,fp16]")
     parser.add_argument("--batch-size", type=int, default=0, help="of the training steps [8 and 64; on cuda 512, the paper's]")
-    parser.add_argument("--tables", default="predict,step,drawn,adaptive", help="which to print [predict,step,drawn,adaptive]")
+    parser.add_argument("--tables", default="predict,step,drawn,adaptive,load", help="which to print [predict,step,drawn,adaptive,load]")
     parser.add_argument("--drawn-only", action="store_true", help="adaptive: leave DeiT-Tiny and DeiT-Small out")
     parser.add_argument("--archs", type=int, default=12, help="architectures of the drawn table [12]")
     parser.add_argument("--peer", default="", help="measure the released code beside ours (CPU): a folder with checkouts TAL and ppuda, "
@@ -361,12 +387,14 @@ def main():
     machines = [setup_machine(flags.device, amp) for amp in (flags.amp or ("bf16,fp16" if cuda else "none")).split(",")]
     device, args = machines[0].device, tal.settings(["--preset", "paper"])
     warnings.simplefilter("ignore")
-    if flags.tables == "adaptive":
+    if not {"predict", "step", "drawn"} & set(flags.tables.split(",")):
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device) if cuda else f'CPU, {flags.threads} thread(s)'}")
     else:
         tal_tables(flags, args, machines, device, cuda)
     for machine in machines if "adaptive" in flags.tables else ():
         adaptive(flags, machine)
+    if "load" in flags.tables:
+        table("Decoding JPEGs of 500 x 375 to 224 px: images/s", ["recipe", "in this process", "1 worker", "2 workers", "MB/s at best"], loading())
 
 
 def tal_tables(flags, args, machines, device, cuda):
