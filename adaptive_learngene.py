@@ -602,8 +602,8 @@ def make_rewards(run, args, machine, pool, task, depths):
     def short_training(G):                           # on the training images that are not looked at
         torch.manual_seed(args.seed)
         net = fill_from(pool, backbone(args, depths, C).to(machine.device), G)
-        data.fit(net, task.only(rest.nonzero()[:, 0]), math.ceil(args.reward_images / args.batch_size), args.batch_size, args.train_lr, args.weight_decay,
-                 args.augment and args.recipe)
+        steps = math.ceil(args.reward_images / args.batch_size)
+        data.fit(net, task.only(rest.nonzero()[:, 0]), steps, args.batch_size, args.train_lr, args.weight_decay, args.augment and args.recipe)
         return in_parts(lambda part: net(task.normalise(part)), x)
 
     def score(G):
@@ -1094,7 +1094,8 @@ def settings(argv=None):
         fail(f"--batch-size {args.batch_size} does not divide among {os.environ['WORLD_SIZE']} processes")
     depths_of(args)
     if args.export:
-        if args.stage != "train" or args.size in SWIN_SIZES or len(args.tasks) * len(args.methods) * (args.draws if "random" in args.methods else 1) != 1:
+        networks = len(args.tasks) * len(args.methods) * (args.draws if "random" in args.methods else 1)
+        if args.stage != "train" or args.size in SWIN_SIZES or networks != 1:
             fail("--export is for --stage train with one task, one --method (random: --draws 1), and ViTs")
         check_export(args.export, args.format, args.pool)
     if args.pretrained and args.stage == "pretrain" and "tleg" not in args.methods:
@@ -1160,8 +1161,9 @@ def main(argv=None):
     if args.stage == "ancestry":
         ancestry(run, args, machine)
     elif args.stage == "pretrain":
-        for size in ([args.size] + [LARGER[args.size]] * ("weight-selection" in args.methods and args.size in LARGER)) * (not args.pretrained):
-            pretrained(run, args, machine, size)
+        for size in [args.size] + [LARGER[args.size]] * ("weight-selection" in args.methods and args.size in LARGER):
+            if not args.pretrained:
+                pretrained(run, args, machine, size)
         if "tleg" in args.methods:
             tleg(run, args, machine)
     elif args.stage == "select":

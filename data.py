@@ -55,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Parser, ViT, ViTConfig, accuracy, cosine_lr, fail, positive, whole, write_atomically
+from common import IMAGENET, Parser, ViT, ViTConfig, accuracy, cosine_lr, fail, positive, whole, write_atomically
 
 DRAWN_VERSION = 1                   # part of the cache's file names: raise it when any drawing changes
 CHUNK = 125                         # images drawn at a time from one random stream; its arrays fit a core's cache
@@ -898,11 +898,12 @@ class Task:
         of them left to right.
         """
         rows = rows_of(len(self.labels[split]), step, batch_size, seed, rank, world)
-        images, device = self.images[split], self.images[split].device
+        device = self.labels[split].device
         rows = to_device(rows, device)
-        if crop and not (self.segmentation and crop <= images.shape[-1]):
+        if crop and not (self.segmentation and crop <= self.images[split].shape[-1]):
             fail(f"{self.name}: crop={crop} needs a task with masks and images of at least as many pixels")
         if self.segmentation:
+            images = self.images[split]
             size, random = images.shape[-1], generator(seed, step, 1)
             crop = crop or size
             places, flips = torch.randint(size - crop + 1, (batch_size, 2), generator=random), torch.zeros(batch_size, 1)
@@ -911,15 +912,24 @@ class Task:
             drawn = to_device(torch.cat([places, flips], 1).long()[rank::world], device)
             images, masks = cropped(images[rows], self.labels[split][rows], drawn, crop)
             return self.normalise(images), masks.long()
-        if augment in (True, "shift"):
+        shift = augment in (True, "shift")
+        images = self.fetch(split, rows, step, batch_size, seed, augment and not shift and augment, rank, world)
+        if shift:
             margin = images.shape[-1] // 16
             shifts = torch.randint(-margin, margin + 1, (batch_size, 2), generator=generator(seed, step, 1))
-            images = shifted(images[rows], to_device(shifts[rank::world], device))
-        elif augment:
-            images = to_device(recast(images[rows].cpu(), self.name, augment, seed, step, rank, world), device)
-        else:
-            images = images[rows]
+            images = shifted(images, to_device(shifts[rank::world], device))
         return self.normalise(images), self.labels[split][rows]
+
+    def fetch(self, split, rows, step, batch_size, seed, augment, rank, world):
+        """The bytes of a batch, after a recipe: one stream of chance per place in the whole batch, so `world` does not matter.
+
+        One image after the other in this process: for a training of any length, memory=0 leaves recipes to FileTask's workers.
+        """
+        images, out = self.images[split][rows], []
+        for k, image in enumerate(images.cpu() if augment else ()):
+            with seeded(seed, step, 2, rank + k * world):
+                out.append(recipe(augment, images.shape[-1], self.name)(image))
+        return to_device(torch.stack(out), images.device) if augment else images
 
     def pixels(self, split, rows):
         """These images as bytes."""
@@ -1134,7 +1144,6 @@ def read_images(files, size, workers, name=""):
 # Real datasets: where the files lie, which label is whose, how many there should be
 # ---------------------------------------------------------------------------------------------------------------
 Real = collections.namedtuple("Real", "read official get")          # official: counts of a whole set; get: what to unpack
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DOMAINS = {                         # Visual Decathlon: classes, train, val, test, and mean and std of R, G, B
     "aircraft": (100, 3334, 3333, 3333, (0.4798, 0.5107, 0.5344), (0.2107, 0.2051, 0.2373)),
     "cifar100": (100, 40000, 10000, 10000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -1519,18 +1528,6 @@ def erase(image, chance=0.25):
     return image
 
 
-def recast(images, name, augment, seed, step, rank, world):
-    """A recipe on images [b, 3, S, S] in memory: one stream per place in the whole batch, so `world` does not matter.
-
-    One after the other in this process: for a training of any length, memory=0 leaves it to FileTask's workers.
-    """
-    out = []
-    for k, image in enumerate(images):
-        with seeded(seed, step, 2, rank + k * world):
-            out.append(recipe(augment, images.shape[-1], name)(image))
-    return torch.stack(out)
-
-
 def mixed(x, y, num_classes, seed, step, mixup=0.8, cutmix=1.0, smoothing=0.1):
     """MixUp or CutMix, as likely, between neighbours of a batch x [b, 3, S, S], y [b]: x and smoothed probabilities [b, classes]."""
     from torchvision.transforms import v2
@@ -1580,25 +1577,19 @@ class FileTask(Task):
             report_bad(known, len(self.labels[split]))
         return images.to(self.device, non_blocking=True)
 
-    def batch(self, split, step, batch_size, seed=0, augment=False, rank=0, world=1):
-        """As Task.batch; there are no masks."""
-        n, shift = len(self.labels[split]), augment in (True, "shift")
-        if augment and not shift:
+    def fetch(self, split, rows, step, batch_size, seed, augment, rank, world):
+        """As Task.fetch, from the workers."""
+        if augment:
             recipe(augment, self.images[split].shape[-1], self.name)         # one sentence here, not one from each worker
         asked = split, batch_size, seed, augment, rank, world
         if self.streams.get(split, ())[:2] != (asked, step):
-            batches = ((at, rows_of(n, at, batch_size, seed, rank, world).tolist()) for at in itertools.count(step))
-            keys = ([(row, False if shift else augment, (seed, at, 2, rank + k * world)) for k, row in enumerate(rows)]
-                    for at, rows in batches)
+            batches = ((at, rows_of(n, at, batch_size, seed, rank, world).tolist()) for n in [len(self.labels[split])]
+                       for at in itertools.count(step))
+            keys = ([(row, augment, (seed, at, 2, rank + k * world)) for k, row in enumerate(rows)] for at, rows in batches)
             self.streams[split] = asked, step, self.stream(split, keys, self.workers)
-        images = self.take(split, *next(self.streams[split][2]))
-        self.streams[split] = asked, step + 1, self.streams[split][2]
-        if shift:
-            margin = images.shape[-1] // 16
-            shifts = torch.randint(-margin, margin + 1, (batch_size, 2), generator=generator(seed, step, 1))
-            images = shifted(images, to_device(shifts[rank::world], self.device))
-        rows = rows_of(n, step, batch_size, seed, rank, world)
-        return self.normalise(images), self.labels[split][to_device(rows, self.device)]
+        ready = self.streams[split][2]
+        self.streams[split] = asked, step + 1, ready
+        return self.take(split, *next(ready))
 
     def pixels(self, split, rows):
         keys = ([(row, False, ()) for row in part.tolist()] for part in rows.cpu().split(100))

@@ -826,8 +826,8 @@ FLAGS = [   # name, type, (drawn, paper), help and source
 def identity(stage, args):
     """What a checkpoint of the hypernetwork must agree on to be resumed: all that its training depends on."""
     keys = ["method", "seed", "task_info", "alpha", "batch_size", "lr", "lr_basis", "weight_decay", "warmup", "clip", "predparam",
-            "temperature", "meta_batch", "arch_per_process", "archs", "base_task", "recipe", "hid", "layers", "hyper_heads", "max_distance", "rank", "mlp",
-            "max_channels", "max_kernel", "max_classes", "normalise", "image_size", "patch", "pool", "augment", "ancestry_width", "amp"]
+            "temperature", "meta_batch", "arch_per_process", "archs", "base_task", "recipe", "hid", "layers", "hyper_heads", "max_distance",
+            "rank", "mlp", "max_channels", "max_kernel", "max_classes", "normalise", "image_size", "patch", "pool", "augment", "ancestry_width", "amp"]
     if stage == "tune":
         keys += ["task_temperature", "tasks_per_step", "tune_tasks"]
     return {k: getattr(args, k) for k in keys}
