@@ -97,6 +97,10 @@ adaptive)
     for seed in 0 1 2 3 4 5 6 7 8 9; do
         al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds --search exhaustive
     done
+    for seed in $seeds; do      # a single learngene, chosen by a short training of each, or at random
+        al "trained-s$seed" --stage train $(small "$seed") --data "$near" --genes 1 --method adaptive,random --search exhaustive \
+            --reward-head trained --reward-images 2500 $(images 8000)
+    done
     for seed in $seeds; do
         al "figure3-s$seed" --stage train $(small "$seed") --data variety --method scratch,adaptive,prefine $(images 24000)
         al "table1-tiny-s$seed" --stage train --size drawn-tiny --seed "$seed" --pool "$out/tiny-s$seed/pool" --source "$out/source" \
@@ -229,6 +233,10 @@ elif part == "adaptive":
                      f"{statistics.mean(statistics.stdev(v) for v in draws.values() if len(v) > 1):.1f}", ", ".join(f"{g:+.1f}" for g in gap),
                      f"{sum(a < v[0] for s, v in tals.items() for a in draws[s])} of {sum(map(len, draws.values()))}"])
     lines += table(["task", "TALS selects (per seed)", "TALS", "mean of draws", "deviation between draws", "TALS - mean, per seed", "draws below TALS"], rows)
+    lines += ["", "## A single learngene, chosen three ways (drawn-small, 8,000 images)"]
+    one = {"class means": log("table4-1-*", "train"), "training each on 2,500 images": [r for r in log("trained-*", "train") if r["method"] == "adaptive"],
+           "at random (mean of five draws)": [r for r in log("trained-*", "train") if r["method"] == "random"]}
+    lines += table(["chosen by", *tasks[:3]], [[how] + [spread(by_seed([r for r in records if r["task"] == t])) for t in tasks[:3]] for how, records in one.items()])
     lines += ["", "## Both ways to train on (8,000 images, drawn-small)"]
     records = [r for r in done if (r["method"], r["size"]) == ("adaptive", "drawn-small")] + log("constrained-*", "train")
     rows = [[("constrained" if c else "initialise only")] + [spread(by_seed([r for r in records if (r["constrained"], r["task"]) == (c, t)])) for t in tasks[:3]] +
