@@ -979,7 +979,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--threads", whole, (1, 0), "CPU threads, 0 for all; the drawn networks are too small to gain from a second one"),
     ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision; auto: bf16 on a GPU, none on a CPU"),
     ("--size", [*VIT_SIZES, *SWIN_SIZES], ("drawn-small", "small"), "width and heads of pool and descendants"),
-    ("--depth", layers, [], "layers of the descendant, any number (Swin: one per stage, as 2,2,6,2); default: the ancestry's"),
+    ("--depth", layers, [], "layers of the descendant, any number (Swin: one per stage, as 2,2,6,2, of the ancestry, too); default: the ancestry's"),
     ("--ancestry-depth", positive, (6, 12), "layers of the ancestry model (DeiT)"),
     ("--image-size", positive, (32, 224), "pixels"),
     ("--patch", positive, (8, 16), "pixels"),
@@ -1052,7 +1052,7 @@ def settings(argv=None):
     short = [m for m in args.methods if m in ("prefine", "weight-selection") and depths[0] > args.ancestry_depth]
     if short:
         fail(f"--method {short[0]} cannot make {depths[0]} layers of an ancestor with {args.ancestry_depth}; lower --depth or raise --ancestry-depth")
-    if args.stage == "ancestry" and args.depth:
+    if args.stage == "ancestry" and args.depth and args.size not in SWIN_SIZES:
         fail("--depth is for descendants; the ancestry takes --ancestry-depth")
     return args
 
