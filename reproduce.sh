@@ -8,7 +8,7 @@
 #   bash reproduce.sh adaptive   the second paper: its Tables 1-4, Figs. 3 and 4, and the checks on pool and selector
 #   SMOKE=1 bash reproduce.sh    the headline's commands (or another part's) on almost no data, to see that they run
 #
-# Two processes at a time (JOBS), one thread each. All stages resume when run again.
+# Two processes at a time (JOBS), one thread each. Run again, it goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")"
 part=${1:-headline}
@@ -19,11 +19,12 @@ budget=(--pretrain-epochs "${PRETRAIN:-4}" --tune-epochs "${TUNE:-6}")
 if [[ ${SMOKE:-} ]]; then out=runs/smoke; budget=(--pretrain-epochs 0.02 --tune-epochs 0.02 --ancestry-epochs 0.02); fi
 mkdir -p results "$out"
 
-launch() {   # launch NAME PROGRAM FLAGS...: runs in the background, at most $jobs at a time, output in $out/NAME/
+launch() {   # launch NAME PROGRAM FLAGS...: runs in the background, at most $jobs at a time, output in $out/NAME/; once
     local name=$1; shift
+    if grep -Fxqs -- "$*" "$out/$name/done"; then return; fi
     while (( $(jobs -rp | wc -l) >= jobs )); do wait -n; done
-    mkdir -p "$out/$name" && rm -f "$out/$name/failed" "$out/$name/done"
-    (python "$@" --output "$out/$name" > "$out/$name/$(date +%s).txt" 2> "$out/$name/errors.txt" && touch "$out/$name/done" ||
+    mkdir -p "$out/$name" && rm -f "$out/$name/failed"
+    (python "$@" --output "$out/$name" > "$out/$name/$(date +%s).txt" 2> "$out/$name/errors.txt" && echo "$*" >> "$out/$name/done" ||
         { touch "$out/$name/failed"; echo "error: $name failed, see $out/$name/errors.txt" >&2; }) &
 }
 
@@ -102,15 +103,15 @@ adaptive)
             --reward-head trained --reward-images 2500 $(images 8000)
     done
     for seed in $seeds; do
-        al "figure3-s$seed" --stage train $(small "$seed") --data variety --method scratch,adaptive,prefine $(images 24000)
+        al "figure3-s$seed" --stage train $(small "$seed") --data variety --method scratch,adaptive,prefine $(images 16000)
         al "table1-tiny-s$seed" --stage train --size drawn-tiny --seed "$seed" --pool "$out/tiny-s$seed/pool" --source "$out/source" \
-            --data "$six" --method "adaptive,$baselines" $(images 8000)
+            --data "$six" --method "adaptive,$baselines" $(images 4000)
         for depth in 3 6 9; do              # TALS looks at 1 % of this task, which are as many images as elsewhere
             al "table2-$depth-s$seed" --stage train $(small "$seed") --depth "$depth" --data wide --method scratch,peg,tleg,adaptive \
                 --reward-share 0.01 $(images 8000)
         done
         al "table3-s$seed" --stage segment $(small "$seed") --data scenes --method scratch,prefine,heur,peg,adaptive $(images 4000)
-        al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 12000)
+        al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 8000)
         al "constrained-s$seed" --stage train $(small "$seed") --data "$near" --constrained $(images 8000)
     done
     # What becomes of learngenes that never had to stand alone, under every start.
@@ -183,7 +184,7 @@ elif part == "adaptive":
 
     done, lines = log("table1-*", "train"), ["Drawn data, test split unless said otherwise; mean ± standard deviation between seeds."]
     tasks = list(dict.fromkeys(r["task"] for r in done))
-    lines += ["", "## Table 1: six tasks, 8,000 images each"]
+    lines += ["", "## Table 1: six tasks, 8,000 images each (drawn-tiny: 4,000)"]
     rows = []
     for size in ("drawn-tiny", "drawn-small"):
         for m in [m for m in names if any((r["method"], r["size"]) == (m, size) for r in done)]:
