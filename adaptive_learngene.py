@@ -148,20 +148,20 @@ def new_learngene(net, init, scale=1.0, first=True):
             if p.ndim > 1:
                 nn.init.trunc_normal_(p, std=0.02)
                 p *= 1.0 if first else 0.0 if init == "zero" else scale
-            elif init == "delta" or init == "zero" and not first or not is_gain(name):
+            elif init == "delta" or init == "zero" and not first or not is_gain(name, p.shape):
                 p.zero_()
             else:
                 p.fill_(1)
     return gene.requires_grad_(True)
 
 
-def is_gain(name):
-    return "norm" in name and name.endswith("weight")
+def is_gain(name, shape):
+    return len(shape) == 1 and name.endswith("weight")                               # matrices have two dimensions, the rest are biases
 
 
 def gain_offset(groups, init):
     """What every composed block has without any learngene, per group (P,): LayerNorm gains of 1 under init "delta", else 0."""
-    return [torch.cat([torch.full((shape.numel(),), float(init == "delta" and is_gain(name)))
+    return [torch.cat([torch.full((shape.numel(),), float(init == "delta" and is_gain(name, shape)))
                        for name, shape in group.shapes.items()]) for group in groups]
 
 
@@ -352,7 +352,7 @@ def learn(run, args, machine, pool, task):
     forward = composed_forward(net, groups, [gene], head, [a[:, -1:] for a in a], frozen)
     fit(run, args, machine, f"ancestry-{n:02d}", module, forward, task, images, args.lr,
         identity={"dataset": task.name, "classes": task.num_classes, "parent": pool.hash, "depths": list(depths),
-                  "gene_dropout": args.gene_dropout, "gene_keep": args.gene_keep, **pool.settings})
+                  "gene_dropout": args.gene_dropout, "gene_keep": args.gene_keep, "init_scale": args.init_scale, **pool.settings})
     cpu = lambda named: {k.replace("/", "."): p.detach().cpu().clone() for k, p in named}
     pool.add(gene=cpu(gene.named_parameters()), head=cpu(head.named_parameters()),
              stem=cpu(module["stem"].items()) if "stem" in module else {}, dataset=task.name, class_names=task.class_names,
@@ -586,6 +586,8 @@ def make_rewards(run, args, machine, pool, task, depths):
             torch.randperm(len(y), generator=data.generator(args.seed, 7))[:math.ceil(args.reward_share * len(y))]).to(machine.device)
     rest = torch.ones_like(y if not segmentation else y[:, 0, 0], dtype=torch.bool).index_fill_(0, rows, False)
     x, y = task.pixels("train", rows), y[rows]       # bytes: what is looked at of a large dataset fits memory as such
+    if args.reward_head == "trained" and not rest.any():
+        fail("--reward-head trained needs training images that TALS does not look at; lower --reward-share")
     net, drawn_at = backbone(args, depths, 0).to(machine.device).eval(), x.shape[-1]
     if segmentation:
         side = args.image_size
@@ -610,7 +612,7 @@ def make_rewards(run, args, machine, pool, task, depths):
         logits = (short_training if args.reward_head == "trained" else closed_form)(G)
         return float(reward(logits, y, G, args.gamma, args.lam)), percent(logits, y)
 
-    about = [pool.hash, task.name, C, len(rest), drawn_at, depths, str(machine.device)] + [getattr(args, k) for k in (
+    about = [pool.hash, task.name, C, len(rest), drawn_at, task.mean, task.std, depths, str(machine.device)] + [getattr(args, k) for k in (
         "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment", "image_size")]
     about += [args.recipe] * (args.recipe != "shift")
     file = run.dir / f"rewards-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl"
@@ -786,8 +788,6 @@ def initialise(method, run, args, machine, pool, depths, num_classes, G, task=No
     if args.size in SWIN_SIZES:
         fail(f"--method {method} is written for ViT; for {args.size} choose among adaptive, all, random and scratch")
     L, L_a = depths[0], args.ancestry_depth
-    if method in ("prefine", "weight-selection") and L > L_a:
-        fail(f"--method {method} cannot make {L} layers of an ancestor with {L_a}; lower --depth or raise --ancestry-depth")
     if method == "tleg":
         return fill(net, *tleg(run, args, machine), torch.ones(2), TLEG_SETTINGS)
     if method == "weight-selection":
@@ -982,7 +982,7 @@ def segment(run, args, machine):
             images = args.train_images or args.train_epochs * len(task.labels["train"])
             learngenes = [n for n, g in enumerate(G, 1) if g] if G else None
             fit(run, args, machine, f"segment-{task.name}-{method}-{args.size}-{depths[0]}-{images:g}", net, lambda x, step: net(x), task, images,
-                args.train_lr, identity={"learngenes": learngenes, "crop": args.crop},
+                args.train_lr, identity={"learngenes": learngenes, "pool": pool.hash if G else "", "crop": args.crop},
                 target=lambda x, y: y.masked_fill(y == data.IGNORED, -100), crop=args.crop)          # -100: cross_entropy's mark
             score = evaluate_segmentation(net.eval(), task, args.split, args.crop, args.stride)
             run.print(f"{task.name}, {args.size} x {depths[0]}, {method}: mIoU {score:.2f} after {images:g} images ({args.split})")
@@ -1022,7 +1022,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--threads", whole, (1, 0), "CPU threads, 0 for all; the drawn networks are too small to gain from a second one"),
     ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision; auto: bf16 on a GPU, none on a CPU"),
     ("--size", [*VIT_SIZES, *SWIN_SIZES], ("drawn-small", "small"), "width and heads of pool and descendants"),
-    ("--depth", layers, [], "layers of the descendant, any number (Swin: one per stage, as 2,2,6,2); default: the ancestry's"),
+    ("--depth", layers, [], "layers of the descendant, any number (Swin: one per stage, as 2,2,6,2, of the ancestry, too); default: the ancestry's"),
     ("--ancestry-depth", positive, (6, 12), "layers of the ancestry model (DeiT)"),
     ("--image-size", positive, (32, 224), "pixels"),
     ("--patch", positive, (8, 16), "pixels"),
@@ -1092,7 +1092,12 @@ def settings(argv=None):
         fail(f"--stride {args.stride} leaves pixels between windows of --crop {args.crop}; choose at most {args.crop}")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         fail(f"--batch-size {args.batch_size} does not divide among {os.environ['WORLD_SIZE']} processes")
-    depths_of(args)
+    depths = depths_of(args)
+    short = [m for m in args.methods if m in ("prefine", "weight-selection") and depths[0] > args.ancestry_depth]
+    if short:
+        fail(f"--method {short[0]} cannot make {depths[0]} layers of an ancestor with {args.ancestry_depth}; lower --depth or raise --ancestry-depth")
+    if args.stage == "ancestry" and args.depth and args.size not in SWIN_SIZES:
+        fail("--depth is for descendants; the ancestry takes --ancestry-depth")
     if args.export:
         networks = len(args.tasks) * len(args.methods) * (args.draws if "random" in args.methods else 1)
         if args.stage != "train" or args.size in SWIN_SIZES or networks != 1:

@@ -8,7 +8,7 @@
 #   bash reproduce.sh adaptive   the second paper: its Tables 1-4, Figs. 3 and 4, and the checks on pool and selector
 #   SMOKE=1 bash reproduce.sh    the headline's commands (or another part's) on almost no data, to see that they run
 #
-# Two processes at a time (JOBS), one thread each. All stages resume when run again.
+# Two processes at a time (JOBS), one thread each. Run again, it goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")"
 part=${1:-headline}
@@ -19,11 +19,12 @@ budget=(--pretrain-epochs "${PRETRAIN:-4}" --tune-epochs "${TUNE:-6}")
 if [[ ${SMOKE:-} ]]; then out=runs/smoke; budget=(--pretrain-epochs 0.02 --tune-epochs 0.02 --ancestry-epochs 0.02); fi
 mkdir -p results "$out"
 
-launch() {   # launch NAME PROGRAM FLAGS...: runs in the background, at most $jobs at a time, output in $out/NAME/
+launch() {   # launch NAME PROGRAM FLAGS...: runs in the background, at most $jobs at a time, output in $out/NAME/; once
     local name=$1; shift
+    if grep -Fxqs -- "$*" "$out/$name/done"; then return; fi
     while (( $(jobs -rp | wc -l) >= jobs )); do wait -n; done
-    mkdir -p "$out/$name" && rm -f "$out/$name/failed" "$out/$name/done"
-    (python "$@" --output "$out/$name" > "$out/$name/$(date +%s).txt" 2> "$out/$name/errors.txt" && touch "$out/$name/done" ||
+    mkdir -p "$out/$name" && rm -f "$out/$name/failed"
+    (python "$@" --output "$out/$name" > "$out/$name/$(date +%s).txt" 2> "$out/$name/errors.txt" && echo "$*" >> "$out/$name/done" ||
         { touch "$out/$name/failed"; echo "error: $name failed, see $out/$name/errors.txt" >&2; }) &
 }
 
@@ -97,16 +98,20 @@ adaptive)
     for seed in 0 1 2 3 4 5 6 7 8 9; do
         al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds --search exhaustive
     done
+    for seed in $seeds; do      # a single learngene, chosen by a short training of each, or at random
+        al "trained-s$seed" --stage train $(small "$seed") --data "$near" --genes 1 --method adaptive,random --search exhaustive \
+            --reward-head trained --reward-images 2500 $(images 8000)
+    done
     for seed in $seeds; do
-        al "figure3-s$seed" --stage train $(small "$seed") --data variety --method scratch,adaptive,prefine $(images 24000)
+        al "figure3-s$seed" --stage train $(small "$seed") --data variety --method scratch,adaptive,prefine $(images 16000)
         al "table1-tiny-s$seed" --stage train --size drawn-tiny --seed "$seed" --pool "$out/tiny-s$seed/pool" --source "$out/source" \
-            --data "$six" --method "adaptive,$baselines" $(images 8000)
+            --data "$six" --method "adaptive,$baselines" $(images 4000)
         for depth in 3 6 9; do              # TALS looks at 1 % of this task, which are as many images as elsewhere
             al "table2-$depth-s$seed" --stage train $(small "$seed") --depth "$depth" --data wide --method scratch,peg,tleg,adaptive \
                 --reward-share 0.01 $(images 8000)
         done
         al "table3-s$seed" --stage segment $(small "$seed") --data scenes --method scratch,prefine,heur,peg,adaptive $(images 4000)
-        al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 12000)
+        al "figure3-swin-s$seed" --stage train --seed "$seed" --size drawn-swin --pool "$out/swin/pool" --data variety --method scratch,adaptive $(images 8000)
         al "constrained-s$seed" --stage train $(small "$seed") --data "$near" --constrained $(images 8000)
     done
     # What becomes of learngenes that never had to stand alone, under every start.
@@ -179,7 +184,7 @@ elif part == "adaptive":
 
     done, lines = log("table1-*", "train"), ["Drawn data, test split unless said otherwise; mean ± standard deviation between seeds."]
     tasks = list(dict.fromkeys(r["task"] for r in done))
-    lines += ["", "## Table 1: six tasks, 8,000 images each"]
+    lines += ["", "## Table 1: six tasks, 8,000 images each (drawn-tiny: 4,000)"]
     rows = []
     for size in ("drawn-tiny", "drawn-small"):
         for m in [m for m in names if any((r["method"], r["size"]) == (m, size) for r in done)]:
@@ -229,6 +234,10 @@ elif part == "adaptive":
                      f"{statistics.mean(statistics.stdev(v) for v in draws.values() if len(v) > 1):.1f}", ", ".join(f"{g:+.1f}" for g in gap),
                      f"{sum(a < v[0] for s, v in tals.items() for a in draws[s])} of {sum(map(len, draws.values()))}"])
     lines += table(["task", "TALS selects (per seed)", "TALS", "mean of draws", "deviation between draws", "TALS - mean, per seed", "draws below TALS"], rows)
+    lines += ["", "## A single learngene, chosen three ways (drawn-small, 8,000 images)"]
+    one = {"class means": log("table4-1-*", "train"), "training each on 2,500 images": [r for r in log("trained-*", "train") if r["method"] == "adaptive"],
+           "at random (mean of five draws)": [r for r in log("trained-*", "train") if r["method"] == "random"]}
+    lines += table(["chosen by", *tasks[:3]], [[how] + [spread(by_seed([r for r in records if r["task"] == t])) for t in tasks[:3]] for how, records in one.items()])
     lines += ["", "## Both ways to train on (8,000 images, drawn-small)"]
     records = [r for r in done if (r["method"], r["size"]) == ("adaptive", "drawn-small")] + log("constrained-*", "train")
     rows = [[("constrained" if c else "initialise only")] + [spread(by_seed([r for r in records if (r["constrained"], r["task"]) == (c, t)])) for t in tasks[:3]] +

@@ -305,10 +305,13 @@ def composed_steps(machine, repeats, n, small_only):
     for name, config, n, classes in shapes:
         genes = Learngenes(machine, config, n, classes)
         works = {"plain": genes.plain(), "all": genes.ancestry(True), "some": genes.ancestry(False)}
-        times = {work: s for work, (s, _) in clock(works | {k: genes.constrained(k) for k in (1, 3, 10)}, repeats, machine.device).items()}
-        name, plain = f"{name}: {config.depth} x {config.width}, {config.image_size} px, patch {config.patch_size}, batch {n}", times["plain"]
+        works |= {k: genes.constrained(k) for k in (1, 3, 10)}
+        times = {work: s for work, (s, _) in clock(works, repeats, machine.device).items()}
+        name += f": {config.depth} x {config.width}, {config.image_size} px, patch {config.patch_size}, batch {n}"
+        plain = times["plain"]
         mean = (1 - drawn.gene_dropout) * times["all"] + drawn.gene_dropout * times["some"]
-        first.append((name, 1e3 * plain, 1e3 * times["all"], times["all"] / plain, 1e3 * times["some"], times["some"] / plain, mean / plain))
+        first.append((name, 1e3 * plain, 1e3 * times["all"], times["all"] / plain, 1e3 * times["some"], times["some"] / plain,
+                      mean / plain))
         second.append((name, 1e3 * plain, *(times[k] / plain for k in (1, 3, 10))))
     return first, second
 
@@ -321,7 +324,8 @@ def composing(machine, repeats):
     a, G = al.coefficients(12, 10).to(device), torch.ones(10, device=device)
     moved = 4 * (theta.numel() + 12 * theta.shape[1])                # reads ten learngenes, writes twelve blocks
     source, target = torch.randn(2, moved // 8, device=device)       # a copy reads one half and writes the other
-    works = {"`compose`, Eq. (8)": lambda: al.compose(theta, a, G), "`fill`: and into the network": lambda: al.fill_from(genes.pool, net, G),
+    works = {"`compose`, Eq. (8)": lambda: al.compose(theta, a, G),
+             "`fill`: and into the network": lambda: al.fill_from(genes.pool, net, G),
              "`copy_` into memory in use": lambda: target.copy_(source), "`clone` into new memory": lambda: source.clone()}
     times = {name: s for name, (s, _) in clock(works, repeats, device).items()}
     copy = times["`copy_` into memory in use"]

@@ -1,7 +1,7 @@
 """adaptive_learngene.py against the paper: every equation by an oracle of its own, the pool by damaging it, the selector by
 enumerating all selections, baselines by hand, runs by stopping them, and bad input by what is left behind."""
-import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import tokenize
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -461,6 +461,17 @@ def test_a_shared_stem_trains_on(drawn, tmp_path):
     assert not any(torch.equal(first["stem"][n], second["stem"][n]) for n in first["stem"])
     net = al.fill_from(open_pool(drawn, tmp_path, "--stem", "shared"), small_vit(), (1, 0))
     assert all(torch.equal(p, second["stem"][n]) for n, p in al.stem_of(net).items())
+    al.main(flags(drawn, tmp_path, "--data", STREAM[2], "--stem shared --ancestry-epochs 0"))              # starts where it was
+    assert same(records_of(tmp_path / "pool")[2]["stem"], second["stem"])
+
+
+def test_a_half_trained_learngene_of_another_pool_is_refused(drawn, made, other, tmp_path, capsys):
+    """The checkpoint of learngene 2, beside a pool whose learngene 1 is not the one it was trained on."""
+    (tmp_path / "pool").mkdir()
+    shutil.copy(other / "learngene-01.pt", tmp_path / "pool"), shutil.copy(made[0] / "ancestry-02.pt", tmp_path)
+    before = snapshot(tmp_path)
+    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--data", STREAM[1])), "ancestry-02.pt holds parent")
+    assert snapshot(tmp_path) == before
 
 
 def test_logits_of_earlier_datasets_are_bit_identical(drawn, made):
@@ -940,6 +951,9 @@ def test_greedy_by_hand():
     assert len(calls) == 9 and sum(rewards.best(3)) == 3
     al.exhaustive(rewards, search_args("--genes", 2))
     assert rewards.best(2) == (0, 0, 1, 1)
+    rewards, calls = rewards_of(lambda G: G[0], 4)           # nothing helps learngene 1, nothing hurts it: it stays alone
+    al.greedy(rewards, search_args())
+    assert len(calls) == 4 + 3
 
 
 def test_rewards_are_computed_once_and_survive_a_restart(tmp_path):
@@ -1048,6 +1062,21 @@ def test_more_learngenes_than_there_are(drawn, made, tmp_path, capsys):
     refuses(capsys, lambda: select(drawn, made, tmp_path, lit_task(), "--genes 4"), "--genes 4", "has 3 learngenes")
 
 
+def test_a_trained_reward_head_needs_images_to_train_on(drawn, made, tmp_path, capsys):
+    refuses(capsys, lambda: select(drawn, made, tmp_path, lit_task(), "--reward-head trained --reward-share 1"), "--reward-share")
+
+
+def test_rewards_of_a_changed_folder_are_not_reused(drawn, made, tmp_path):
+    """The same folder, the same number of images, other images."""
+    for seed in (0, 1):
+        write_images(tmp_path / "mine", ("ant", "bee"), 5, seed)
+        args = al.settings(flags(drawn, tmp_path, "--stage select --data", tmp_path / "mine"))
+        task = task_of(drawn, str(tmp_path / "mine"))
+        rewards, _, _ = al.make_rewards(common.Run(tmp_path, {}, CPU), args, CPU, open_pool(drawn, made[0]), task, (2,))
+        assert not rewards.seen
+        rewards(torch.tensor([[1, 0, 0]]))
+
+
 def test_selecting_twice_costs_nothing(drawn, made, tmp_path, monkeypatch):
     first = select(drawn, made, tmp_path, lit_task(), "--search exhaustive")
     monkeypatch.setattr(al, "fill_from", lambda *_: pytest.fail("computed again"))
@@ -1070,14 +1099,13 @@ def test_a_search_returns_what_it_found_itself(drawn, made, tmp_path):
 
 def test_rewards_of_other_images_are_not_reused(drawn, made, tmp_path):
     """Scenes drawn at 48 and at 32 pixels are not the same images."""
-    found = []
     for size in (48, 32):
-        args = al.settings(flags(drawn, tmp_path, "--stage select --data scenes"))
-        task = task_of(drawn, "scenes", size)
+        args = al.settings(flags(drawn, tmp_path, "--stage select --data scenes --scene-size", size))
+        task = al.load_tasks(["scenes"], args, CPU)["scenes"]
+        assert task.images["train"].shape[-1] == size
         rewards, _, _ = al.make_rewards(common.Run(tmp_path, {}, CPU), args, CPU, open_pool(drawn, made[0]), task, (2,))
-        found.append(dict(rewards.seen))
+        assert not rewards.seen
         rewards(torch.tensor([[1, 0, 0]]))
-    assert not found[1]
 
 
 def test_patches_of_scenes_are_examples(drawn, made, tmp_path):
@@ -1134,10 +1162,11 @@ def test_a_descendant_of_fewer_learngenes_has_the_stem_of_then(drawn, tmp_path):
 def test_constrained_training_keeps_eq_8(drawn, made, tmp_path, monkeypatch):
     """Learngenes 1 and 3 of three, four layers: in every step each layer is 1 (gains) + theta_1 + T_2(x) theta_3; only the two
     learngenes and the head train, the stem stays the pool's, and so does the pool."""
-    before, used = snapshot(made[0] / "pool"), []
+    before, used, wanted = snapshot(made[0] / "pool"), [], []
 
     def spy(net, weights, x):
         used.append([{n: p.detach().clone() for n, p in part.items()} for part in (weights, al.stem_of(net))])
+        wanted.extend(p.requires_grad for p in net.parameters())
         return functional_call(net, weights, x)
     monkeypatch.setattr(al, "functional_call", spy)
     args = al.settings(flags(drawn, tmp_path, "--stage train --data kinds --constrained --train-epochs 1 --train-lr 1e-2"))
@@ -1156,7 +1185,7 @@ def test_constrained_training_keeps_eq_8(drawn, made, tmp_path, monkeypatch):
                 torch.testing.assert_close(weights[f"blocks.{l}.{name[2:]}"], expected, atol=1e-6, rtol=1e-5)
     assert (after[0]["0.mlp.fc1.weight"] - records[0]["gene"]["0.mlp.fc1.weight"]).abs().max() > 1e-3
     assert (after[1]["0.mlp.fc1.weight"] - records[2]["gene"]["0.mlp.fc1.weight"]).abs().max() > 1e-3
-    assert all(torch.equal(p, records[0]["stem"][n]) for _, stem in used for n, p in stem.items())
+    assert all(torch.equal(p, records[0]["stem"][n]) for _, stem in used for n, p in stem.items()) and not any(wanted)
     assert snapshot(made[0] / "pool") == before
     (result,) = log_of(tmp_path, "train")
     gene = sum(p.numel() for p in records[0]["gene"].values())
@@ -1173,17 +1202,17 @@ def test_both_trainings_start_at_the_same_network(drawn, made):
 
 
 def test_mixed_precision_composes_in_float32(monkeypatch):
-    """1 + 1/256 is not a bfloat16 number: a gain of it must not become 1."""
-    seen, net = {}, small_vit()
-    monkeypatch.setattr(al, "functional_call", lambda net, weights, inputs: seen.update(weights))
-    groups, gene = al.block_groups(net), al.new_learngene(net, "block")
+    """1 + 1/256 is not a bfloat16 number: under autocast, a gain of it must not become 1."""
+    net, used = small_vit(), []
+    gene, net.head = al.new_learngene(net, "delta"), nn.Identity()
     nn.init.constant_(gene[0].norm1.weight, 1 / 256)
-    base = torch.ones(2, sum(p.numel() for p in gene.parameters()))
-    forward = al.composed_forward(net, groups, [gene], lambda nothing: nothing, [torch.ones(2, 1)], lambda step: [base])
+    monkeypatch.setattr(al, "functional_call", lambda net, weights, x: used.append(weights) or functional_call(net, weights, x))
+    base = al.gain_offset(al.block_groups(net), "delta")
+    forward = al.composed_forward(net, al.block_groups(net), [gene], nn.Identity(), [torch.ones(2, 1)], lambda step: base)
     with torch.autocast("cpu", torch.bfloat16):
-        forward(torch.zeros(1), 0)
-    gain = seen["blocks.1.norm1.weight"]
-    assert gain.dtype == torch.float32 and (gain == 1 + 1 / 256).all()
+        forward(torch.randn(2, 3, 32, 32), 0)
+    assert all(p.dtype == torch.float32 for p in used[0].values())
+    assert (used[0]["blocks.1.norm1.weight"] == 1 + 1 / 256).all()
 
 
 @pytest.mark.parametrize("size, block, stem, norm, head", [
@@ -1263,6 +1292,19 @@ def test_tleg_is_b_plus_a_share_of_a(drawn, tmp_path):
     assert torch.equal(net.patch_embed.proj.weight, saved["stem.patch_embed/proj/weight"])
     scratch = al.initialise("scratch", run, args, CPU, None, (5,), 7, None)
     assert torch.equal(net.head.weight, scratch.head.weight)
+
+
+def test_tleg_starts_without_gains_in_a(drawn, tmp_path):
+    """Its authors': theta_B is a block with gains 1, theta_A matrices alone; biases 0 in both."""
+    args = al.settings(flags(drawn, tmp_path, "--tleg-epochs 0 --pretrain-epochs 0"))
+    (theta,), _ = al.tleg(common.Run(tmp_path, {}, CPU), args, CPU)
+    (group,) = al.block_groups(small_vit())
+    for theta_n, gain in zip(theta, (1, 0)):
+        for name, p in zip(group.shapes, theta_n.split([shape.numel() for shape in group.shapes.values()])):
+            if p.numel() > 128:
+                assert p.std().item() == pytest.approx(0.02, rel=0.1)
+            else:
+                assert (p == (gain if name in ("norm1.weight", "norm2.weight") else 0)).all(), name
 
 
 class Few(nn.Module):
@@ -1358,14 +1400,13 @@ def test_random_draws_have_the_asked_size_and_differ():
 
 
 @pytest.mark.parametrize("method, depth, more, words", [
-    ("prefine", 5, (), "cannot make 5 layers of an ancestor with 4"), ("weight-selection", 5, (), "cannot make 5 layers"),
     ("weight-selection", 2, ("--size", "drawn-base"), "larger than drawn-base"),
     ("heur", 2, ("--size", "drawn-swin", "--depth", "2,6"), "written for ViT"),
     ("tleg", 2, ("--size", "drawn-swin", "--depth", "2,6"), "written for ViT")])
 def test_impossible_baselines_are_one_sentence(method, depth, more, words, monkeypatch, capsys):
     depths = (2, 6) if "drawn-swin" in more else (depth,)
     args = al.settings([*TINY, "--ancestry-depth", "4", *more])
-    monkeypatch.setattr(al, "pretrained", lambda *_: SimpleNamespace(state_dict=lambda: random_state(4)))
+    monkeypatch.setattr(al, "pretrained", lambda *_: pytest.fail("an ancestor is made before the mistake is seen"))
     refuses(capsys, lambda: al.initialise(method, None, args, CPU, None, depths, 7, None), words)
 
 
@@ -1382,14 +1423,12 @@ def ancestor(drawn, tmp_path_factory):
     return folder
 
 
-def test_an_ancestor_of_another_depth_is_one_sentence(drawn, ancestor, tmp_path, capsys):
-    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--stage train --data kinds --method heur --source", ancestor,
-                                          "--ancestry-depth", "6", "--depth", "6")), "ancest")
-
-
-def test_an_ancestor_of_other_patches_is_one_sentence(drawn, ancestor, tmp_path, capsys):
-    refuses(capsys, lambda: al.main(flags(drawn, tmp_path, "--stage train --data kinds --method heur --source", ancestor,
-                                          "--patch", "8")), "do not fit")
+@pytest.mark.parametrize("other", ["--ancestry-depth 6", "--patch 8", "--pool-type token", "--size drawn-tiny --image-size 48"])
+def test_an_ancestor_of_another_kind_is_one_sentence(other, drawn, ancestor, tmp_path, capsys):
+    """Before anything is trained, and not by keeping whatever happens to fit."""
+    argv = flags(drawn, tmp_path, "--stage train --data kinds --method heur --depth 2 --source", ancestor, other)
+    refuses(capsys, lambda: al.main(argv), "pretrain-drawn-tiny.pt do not fit")
+    assert not tmp_path.joinpath("log.jsonl").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1528,6 +1567,22 @@ def test_decoders_are_alike_and_encoders_the_methods(drawn, made, tmp_path, monk
     assert [r["method"] for r in scores] == ["all", "scratch", "heur"] and all(0 <= r["miou"] <= 100 for r in scores)
 
 
+def test_a_segmentation_of_another_pool_is_refused(drawn, made, other, tmp_path, capsys):
+    """As --stage train does it: the same directory, learngenes 1 and 2 of another pool."""
+    pool = copy_of(made, tmp_path, 2) / "pool"
+    argv = flags(drawn, tmp_path / "out", "--stage segment --data scenes --method all --train-epochs 1")
+    al.main([*argv, "--pool", str(pool)])
+    refuses(capsys, lambda: al.main([*argv, "--pool", str(other)]), "holds pool")
+
+
+def test_gains_are_those_of_layer_norms_whatever_their_names():
+    """The blocks of any network: under delta, a fresh learngene has gains of 1."""
+    net = torchvision.models.VisionTransformer(32, 16, 2, 4, 32, 64, num_classes=5)
+    theta = [torch.stack([al.flat(al.new_learngene(net, "delta")[0])]).detach()]
+    al.fill(net, theta, {}, (1,), {"basis": "chebyshev", "first_order": 0, "init": "delta"})
+    assert all((module.weight == 1).all() for module in net.modules() if isinstance(module, nn.LayerNorm))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs: as a user
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1646,7 +1701,7 @@ def outside(tmp_path, stage, step, *commands, processes=1):
         process = subprocess.Popen([sys.executable, *torchrun, str(tmp_path / "script.py"), json.dumps([stage, step, commands])],
                                    stdout=out, stderr=out, env=ENV)
         try:
-            return process.wait(timeout=240)
+            return process.wait(timeout=600)
         finally:
             process.kill()
 
@@ -1716,13 +1771,15 @@ BAD_FLAGS = [
     ("--stage train --data kinds --pool {tmp}/nothing", "--stage ancestry"),
     ("--stage select --data kinds --size drawn-small", "asked for drawn-small"),
     ("--stage select --data kinds --genes 4", "has 3 learngenes"), ("--stage select --data {tmp}/lonely", "class 'eel' of"),
-    ("--first-order 2", "--first-order"), ("--stage segment --data kinds", "has no masks"), ("--stage train --data scenes --method scratch", "has masks"),
+    ("--first-order 2", "--first-order"), ("--stage segment --data kinds", "has no masks"),
+    ("--stage train --data scenes --method scratch", "has masks"),
     ("--stage segment --data scenes --crop 40", "--crop 40"), ("--stage segment --data scenes --crop 64", "--crop 64"),
     ("--stage segment --data scenes --size drawn-swin", "written for ViT"),
     ("--stage train --data kinds --method heur --source {tmp}/nothing", "no finished pretrain-drawn-tiny.pt"),
     ("--stage train --data kinds --method all --seed 3", "seed 0"),
     ("--stage train --data kinds --method all --train-lr 0.3", "lr"),
-    ("--stage train --data kinds --method prefine --depth 3", "cannot make 3 layers"), ("--batch-size 0", "--batch-size"),
+    ("--stage train --data kinds --method prefine --depth 3", "cannot make 3 layers"), ("--depth 3", "--ancestry-depth"),
+    ("--stage train --data kinds --method scratch,weight-selection --depth 3", "cannot make 3 layers"), ("--batch-size 0", "--batch-size"),
     ("--stage select --data kinds --reward-head mlp", "--reward-head"),
     ("--stage select --data scenes --reward-head trained", "ncm or ridge"), ("--gene-keep 1.5", "--gene-keep"),
     ("--gamma inf", "--gamma"), ("--device cuda", "--device cuda"), ("--output {tmp}/file", "is a file"),
@@ -1769,6 +1826,8 @@ def test_batch_must_divide_among_processes(capsys, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def test_every_equation_has_its_line_of_code():
-    lines = (ROOT / "adaptive_learngene.py").read_text().splitlines()
-    found = {int(number) for line in lines if line.split("#")[0].strip() for number in re.findall(r"#.*?Eq|Eq\. \((\d)\)", line) if number}
-    assert found == set(range(1, 9))
+    """A comment "Eq. (n)" behind code, not in a text."""
+    source = (ROOT / "adaptive_learngene.py").read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = [t for t in tokens if t.type == tokenize.COMMENT and t.line.split("#")[0].strip()]
+    assert {int(n) for t in comments for n in re.findall(r"Eq\. \((\d)\)", t.string)} == set(range(1, 9))
