@@ -848,7 +848,7 @@ def train(run, args, machine):
     if args.export and set(args.methods) & set(OURS) and not len(open_pool(args, machine)):
         run.print(f"there are no learngenes in {args.pool_dir}, so they are made there now, once, of {args.stream}: some "
                   f"{args.ancestry_epochs:g} epochs per dataset")
-        ancestry(run, argparse.Namespace(**{**vars(args), "tasks": []}), machine)
+        ancestry(run, argparse.Namespace(**{**vars(args), "tasks": [], "depth": []}), machine)
     pool = open_pool(args, machine, needed=True) if set(args.methods) & set(OURS) else None
     for task in tasks:
         for method in args.methods:
