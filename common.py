@@ -368,7 +368,7 @@ def load_checkpoint(path, **expected):
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         fail(f"{path} is not a checkpoint of this code (format {CHECKPOINT_FORMAT}); give another file or remove it")
     for key, value in expected.items():
-        if content.get(key, value) != value:         # what an older checkpoint does not say is not held against it
+        if content.get(key) != value:
             fail(f"{path} holds {key} {content.get(key)!r}, but {value!r} is needed here; choose another --output or remove it")
     return content
 
