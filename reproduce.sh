@@ -72,7 +72,7 @@ adaptive)
     out=runs/adaptive; few=(); near=kinds,variety,tail; six=$near,textures,aircraft,flowers
     if [[ ${SMOKE:-} ]]; then
         out=runs/adaptive-smoke; few=(--ancestry-epochs 0.05 --pretrain-epochs 0.02 --tleg-epochs 0.02 --select-steps 3); fi
-    al() { launch "$1" adaptive_learngene.py "${few[@]}" "${@:2}"; }
+    al() { launch "$1" adaptive_learngene.py "${few[@]}" "${@:2}" --select-samples 8 --select-lr 0.1; }      # the search of the committed run
     images() { if [[ ${SMOKE:-} ]]; then echo --train-images 128; else echo --train-images "$1"; fi; }
     baselines=scratch,prefine,heur,auto,peg,tleg,weight-selection
     # Ten class subsets of the wide task, one learngene each; beside them the ancestors of the baselines, on as many images.
@@ -92,7 +92,7 @@ adaptive)
     al swin --size drawn-swin --stream wide/5 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
     finish
     for seed in 0 1 2 3 4 5 6 7 8 9; do     # REINFORCE against the exhaustive search
-        al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds
+        launch "search-s$seed" adaptive_learngene.py "${few[@]}" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds
     done
     finish
     for seed in 0 1 2 3 4 5 6 7 8 9; do
