@@ -128,7 +128,7 @@ esac
 
 python - "$out" "$part" <<'PY'
 # Tables of results/ from what the runs wrote: mean over seeds, and the standard deviation between them.
-import json, pathlib, statistics, sys
+import contextlib, json, pathlib, statistics, sys
 out, part = pathlib.Path(sys.argv[1]), sys.argv[2]
 
 def spread(values):
@@ -223,6 +223,18 @@ elif part == "adaptive":
             reach = [next((i + 1 for i, a in enumerate(r["curve"]) if a >= last[r["seed"]]), None) for r in mine]
             rows.append([mine[0]["size"], names[m], f"{mine[0]['images']:,}", ", ".join(f"{i}/{len(mine[0]['curve'])}" if i else "never" for i in reach), spread(by_seed(mine))])
     lines += table(["size", "start", "images", "per seed", "accuracy at the end"], rows)
+    with contextlib.suppress(ImportError):           # the picture, where matplotlib is installed
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+        for axis, pattern in zip(axes, ("figure3-s*", "figure3-swin-s*")):
+            records = log(pattern, "train")
+            for m in dict.fromkeys(r["method"] for r in records):
+                curves = [r["curve"] for r in records if r["method"] == m]
+                x = [records[0]["images"] * (i + 1) / len(curves[0]) for i in range(len(curves[0]))]
+                axis.plot(x, [statistics.mean(c) for c in zip(*curves)], label=names[m])
+                axis.fill_between(x, [min(c) for c in zip(*curves)], [max(c) for c in zip(*curves)], alpha=0.2)
+            axis.set(title="ViT" if pattern == "figure3-s*" else "Swin", xlabel="training images of variety", ylabel="accuracy on val, %"), axis.legend(fontsize=7)
+        figure.tight_layout(), figure.savefig(out.parent.parent / "results" / "adaptive_figure3.png", dpi=130)
     lines += ["", "## Fig. 4: TALS against five random draws of as many learngenes (drawn-small)"]
     rows = []
     for t in dict.fromkeys(r["task"] for r in done if r["method"] == "random"):
