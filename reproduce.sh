@@ -266,7 +266,7 @@ elif part == "adaptive":
     lines += ["", "## Three learngenes that learned without gene-dropout, each alone: class means on the three datasets (val), %"]
     lines += table(["start", "1", "2", "3", "untrained network"], [
         [p.parent.name.removeprefix("literal-")] + [f"{statistics.mean(row):.1f}" for row in log(p.parent.name, "alone")[-1]["table"]]
-        for p in sorted(out.glob("literal-*/log.jsonl"))])
+        for p in sorted(out.glob("literal-*/log.jsonl")) if log(p.parent.name, "alone")])
     lines += ["", "## REINFORCE against exhaustive search (kinds, drawn-tiny, ten seeds)"]
     found = {r["seed"]: r for r in log("search-*", "select") if r["search"] == "reinforce"}
     best = {r["seed"]: r for r in log("search-*", "select") if r["search"] == "exhaustive"}
