@@ -215,7 +215,7 @@ elif part == "adaptive":
     lines += table(["task", "all, %", "learngenes (per seed)", "these, %", "stored parameters", "the paper's k / N", "deployed"], rows)
     lines += ["", "## Fig. 3: images until scratch's last accuracy on val is reached, in shares of the run"]
     rows = []
-    for pattern in ("figure3-s*", "figure3-swin-s*"):
+    for pattern in ("figure3-s[0-9]*", "figure3-swin-s*"):
         records = log(pattern, "train")
         for m in dict.fromkeys(r["method"] for r in records):
             mine = [r for r in records if r["method"] == m]
@@ -226,14 +226,14 @@ elif part == "adaptive":
     with contextlib.suppress(ImportError):           # the picture, where matplotlib is installed
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-        for axis, pattern in zip(axes, ("figure3-s*", "figure3-swin-s*")):
+        for axis, pattern in zip(axes, ("figure3-s[0-9]*", "figure3-swin-s*")):
             records = log(pattern, "train")
             for m in dict.fromkeys(r["method"] for r in records):
                 curves = [r["curve"] for r in records if r["method"] == m]
                 x = [records[0]["images"] * (i + 1) / len(curves[0]) for i in range(len(curves[0]))]
                 axis.plot(x, [statistics.mean(c) for c in zip(*curves)], label=names[m])
                 axis.fill_between(x, [min(c) for c in zip(*curves)], [max(c) for c in zip(*curves)], alpha=0.2)
-            axis.set(title="ViT" if pattern == "figure3-s*" else "Swin", xlabel="training images of variety", ylabel="accuracy on val, %"), axis.legend(fontsize=7)
+            axis.set(title="ViT" if pattern == "figure3-s[0-9]*" else "Swin", xlabel="training images of variety", ylabel="accuracy on val, %"), axis.legend(fontsize=7)
         figure.tight_layout(), figure.savefig(out.parent.parent / "results" / "adaptive_figure3.png", dpi=130)
     lines += ["", "## Fig. 4: TALS against five random draws of as many learngenes (drawn-small)"]
     rows = []
