@@ -42,7 +42,7 @@ from tqdm import tqdm
 import data
 from common import (VIT_SIZES, Block, Run, Training, ViT, accuracy, amount, check_export, export_weights, fail,
                     load_checkpoint, load_pretrained, load_weights, parameter_groups, parse_flags, positive,
-                    rank_zero_first, read_weights, renormalised, save_checkpoint, setup_machine, share, vit_config,
+                    rank_zero_first, read_weights, renormalised, resized_pos_embed, save_checkpoint, setup_machine, share, vit_config,
                     vit_state, whole, write_atomically, yes_no)
 
 
@@ -367,6 +367,11 @@ def new_head(width, num_classes):
     return head
 
 
+def numbers(G):
+    """Which learngenes a selection holds, counted from 1; None for no selection."""
+    return G and [n for n, g in enumerate(G, 1) if g]
+
+
 def percent(logits, y):
     return 100 * float((logits.argmax(-1) == y).float().mean())
 
@@ -405,10 +410,13 @@ def alone(run, args, machine, pool, tasks):
     nets = [fill_from(pool, backbone(args, pool.records[0]["depths"], 0).to(pool.device).eval(), row) for row in torch.eye(N)]
     torch.manual_seed(args.seed)
     nets.append(backbone(args, pool.records[0]["depths"], 0).to(pool.device).eval())
-    table = []
-    for net in nets:
-        examples = (tasks[name].examples("val") for name in names)
-        table.append([percent(ncm_logits(in_parts(net, x), y, tasks[name].num_classes), y) for name, (x, y) in zip(names, examples)])
+    columns = []
+    for name in names:
+        x, y = tasks[name].examples("val")
+        with torch.no_grad():
+            features = [[net(part) for net in nets] for part in x.split(500)]        # every image is decoded once, for all nets
+        columns.append([percent(ncm_logits(torch.cat(f), y, tasks[name].num_classes), y) for f in zip(*features)])
+    table = list(zip(*columns))
     run.print("each learngene alone, class-mean accuracy on val, % (rows: learngenes, then an untrained network; columns: datasets)")
     for n, row in enumerate(table, 1):
         run.print(f"{n if n <= N else 'none':>5}" + "".join(f"{v:7.1f}" for v in row) + f"   mean {sum(row) / len(row):.1f}")
@@ -494,11 +502,15 @@ class Rewards:
         return max((key for key in sorted(self.asked) if not k or sum(key) == k), key=lambda key: self.seen[key][0])
 
 
-def reinforce(rewards, args, generator, progress=lambda *_: None):
-    """REINFORCE over selections; returns the final selection probabilities (N,). The best subset seen is in `rewards`."""
+def reinforce(rewards, args, generator, title=None):
+    """REINFORCE over selections; returns the final selection probabilities (N,). The best subset seen is in `rewards`.
+
+    title: of the progress bar, None for no bar.
+    """
     phi = torch.zeros(rewards.N, dtype=torch.float64, requires_grad=True)
     optimizer, b = torch.optim.Adam([phi], args.select_lr), None
-    for step in range(args.select_steps):
+    bar = tqdm(range(args.select_steps), title, unit="step", disable=title is None, mininterval=1.0)
+    for step in bar:
         G = sample_policy(phi, args.select_samples, args.genes, generator)
         r = rewards(G)
         b = expected_reward(r) if b is None else b
@@ -510,7 +522,7 @@ def reinforce(rewards, args, generator, progress=lambda *_: None):
         (loss - args.entropy * (1 - step / args.select_steps) * entropy).backward()
         optimizer.step()
         b = args.baseline_decay * b + (1 - args.baseline_decay) * expected_reward(r)        # moved after use: unbiased
-        progress(step, b)
+        bar.set_postfix(b=f"{float(b):.3f}", subsets=len(rewards.asked), refresh=False)
     return phi.detach().sigmoid()
 
 
@@ -613,8 +625,7 @@ def make_rewards(run, args, machine, pool, task, depths):
         return float(reward(logits, y, G, args.gamma, args.lam)), percent(logits, y)
 
     about = [pool.hash, task.name, C, len(rest), drawn_at, task.mean, task.std, depths, str(machine.device)] + [getattr(args, k) for k in (
-        "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment", "image_size")]
-    about += [args.recipe] * (args.recipe != "shift")
+        "reward_share", "reward_head", "seed", "gamma", "lam", "reward_images", "train_lr", "batch_size", "augment", "recipe", "image_size")]
     file = run.dir / f"rewards-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl"
     return Rewards(score, len(pool), file if machine.rank == 0 else None), len(y), 100 * float(torch.bincount(y).max()) / len(y)
 
@@ -632,17 +643,13 @@ def select(run, args, machine, pool, task, depths):
     rewards, count, chance = make_rewards(run, args, machine, pool, task, depths)
     pi = None
     if args.search == "reinforce":
-        with tqdm(total=args.select_steps, desc=f"select {task.name}", unit="step", disable=machine.rank > 0, mininterval=1.0) as bar:
-            def progress(step, b):
-                bar.update()
-                bar.set_postfix(b=f"{float(b):.3f}", subsets=len(rewards.asked), refresh=False)
-            pi = reinforce(rewards, args, data.generator(args.seed, 11), progress).tolist()
+        pi = reinforce(rewards, args, data.generator(args.seed, 11), f"select {task.name}" if machine.rank == 0 else None).tolist()
     else:
         {"exhaustive": exhaustive, "greedy": greedy}[args.search](rewards, args)
     G, visited = rewards.best(args.genes), len(rewards.asked)
     r, percent_right = rewards.seen[G]
     singles = dict(zip(range(1, N + 1), rewards(torch.eye(N)).tolist()))
-    chosen = [n for n in range(1, N + 1) if G[n - 1]]
+    chosen = numbers(G)
     run.print(f"{task.name}: learngenes {chosen} of {N} (" + ", ".join(pool.records[n - 1]["dataset"] for n in chosen) + f"), reward {r:.4f}, "
               f"accuracy of the reward head {percent_right:.1f} %, chance {chance:.1f} %; {visited} subsets looked at")
     run.print("one by one, best first: " + ", ".join(f"{n} {singles[n]:.3f}" for n in sorted(singles, key=lambda n: -singles[n])))
@@ -714,14 +721,13 @@ def tleg(run, args, machine):
     net = backbone(args, (args.ancestry_depth,), 0)
     groups = block_groups(net)
     genes = nn.ModuleList([new_learngene(net, "block"), new_learngene(net, "delta")])       # its authors': theta_A starts without gains
-    classes = len(state["head.bias"]) if state else load_tasks([args.pretrain_data], args, machine)[args.pretrain_data].num_classes
-    head = new_head(net.width, classes)
+    task = None if state else load_tasks([args.pretrain_data], args, machine)[args.pretrain_data]
+    head = new_head(net.width, len(state["head.bias"]) if state else task.num_classes)
     module = nn.ModuleDict({"genes": genes, "head": head, "stem": nn.ParameterDict({n.replace(".", "/"): p for n, p in stem_of(net).items()})})
     net.to(machine.device), module.to(machine.device)
     if state:
         load_weights(module, state, path)
     else:
-        task = load_tasks([args.pretrain_data], args, machine)[args.pretrain_data]
         teacher = ancestor(run, args, machine, args.size, task)
         base = [base.to(machine.device) for base in gain_offset(groups, "block")]
         forward = composed_forward(net, groups, genes, head, group_coefficients(groups, 2, TLEG_SETTINGS, machine.device), lambda step: base)
@@ -877,7 +883,7 @@ def train_one(run, args, machine, pool, task, depths, method, G, draw):
     module, forward = constrained_module(args, machine, pool, depths, net, G) if args.constrained and G else (net, lambda x, step: net(x))
     images = args.train_images or args.train_epochs * len(task.labels["train"])
     label = "-".join([method + (str(draw + 1) if method == "random" else "")] + (["constrained"] if args.constrained and G else []))
-    learngenes = [n for n, g in enumerate(G, 1) if g] if G else None
+    learngenes = numbers(G)
     chosen = "" if G is None else "-" + "".join(map(str, G))
     stage = f"train-{task.name.strip('/').replace('/', '_')}-{label}{chosen}-{args.size}-{'.'.join(map(str, depths))}-{images:g}"
     score = lambda split, limit=None: accuracy(lambda x: forward(x, 0), task, split, machine.device, limit)
@@ -912,10 +918,8 @@ class Segmenter(nn.Module):
     def __init__(self, encoder, num_classes, size, layers=2):
         super().__init__()
         D, c = encoder.config.width, encoder.config
-        grid, self.grid = c.image_size // c.patch_size, size // c.patch_size
-        prefix, old = encoder.pos_embed.split([encoder.pos_embed.shape[1] - grid ** 2, grid ** 2], 1)
-        old = F.interpolate(old.detach().transpose(1, 2).reshape(1, D, grid, grid), (self.grid, self.grid), mode="bilinear")
-        encoder.pos_embed = nn.Parameter(torch.cat([prefix.detach(), old.flatten(2).transpose(1, 2)], 1))
+        self.grid, prefix = size // c.patch_size, int(c.pool == "token")
+        encoder.pos_embed = nn.Parameter(resized_pos_embed(encoder.pos_embed.detach(), self.grid, prefix, mode="bilinear"))
         encoder.head, self.encoder, self.patch = nn.Identity(), encoder, c.patch_size
         self.proj_in = nn.Linear(D, D)
         self.cls_emb = nn.Parameter(torch.zeros(1, num_classes, D))
@@ -980,7 +984,7 @@ def segment(run, args, machine):
             torch.manual_seed(args.seed)
             net = Segmenter(encoder.cpu(), task.num_classes, args.crop).to(machine.device)
             images = args.train_images or args.train_epochs * len(task.labels["train"])
-            learngenes = [n for n, g in enumerate(G, 1) if g] if G else None
+            learngenes = numbers(G)
             fit(run, args, machine, f"segment-{task.name}-{method}-{args.size}-{depths[0]}-{images:g}", net, lambda x, step: net(x), task, images,
                 args.train_lr, identity={"learngenes": learngenes, "pool": pool.hash if G else "", "crop": args.crop},
                 target=lambda x, y: y.masked_fill(y == data.IGNORED, -100), crop=args.crop)          # -100: cross_entropy's mark
@@ -1047,7 +1051,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--init-scale", amount, 1.0, f"size of the matrices of a new learngene after the first, in units of 0.02; {OPEN}"),
     ("--gene-dropout", share, 0.7, f"share of steps in which only a few older learngenes take part; {OPEN}, 0 is the literal reading"),
     ("--gene-keep", share, 0.1, f"chance of each older learngene to take part in such a step; {OPEN}"),
-    ("--stem", ["frozen", "shared"], "frozen", f"after dataset 1 the stem is frozen, or trained on (then old logits change); {OPEN}"),
+    ("--stem", ["frozen", "shared"], "frozen", f"after dataset 1 the stem is frozen, or trained on, every learngene then keeping its own; {OPEN}"),
     ("--gamma", amount, 2.0, "of Eq. (5) (Training Settings)"),
     ("--lam", amount, 0.01, "lambda of Eq. (5) (Training Settings)"),
     ("--reward-share", share, 0.1, "share of the training images that TALS looks at (Training Settings)"),

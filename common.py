@@ -604,18 +604,18 @@ def vit_state(weights, heads=None, path="the file"):
     return state, config, {"source": DIALECTS[dialect], "unexpected": spare}
 
 
-def resized_pos_embed(pos_embed, grid, prefix):
+def resized_pos_embed(pos_embed, grid, prefix, mode="bicubic"):
     """Position embeddings (1, prefix + n n, D) for another grid, g or (rows, columns) -> (1, prefix + rows columns, D).
 
-    Bicubic with antialiasing as in timm; DeiT and Hugging Face do without it, torchvision aligns corners. The first
-    `prefix`, those of class tokens, have no place on the grid and stay.
+    Bicubic with antialiasing as in timm; DeiT and Hugging Face do without it, torchvision aligns corners; Segmenter: bilinear. The
+    first `prefix`, those of class tokens, have no place on the grid and stay.
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     n = math.isqrt(pos_embed.shape[1] - prefix)
     if (rows, columns) == (n, n):
         return pos_embed
     patches = pos_embed[:, prefix:].reshape(1, n, n, -1).permute(0, 3, 1, 2)         # (1, D, n, n)
-    patches = F.interpolate(patches, (rows, columns), mode="bicubic", antialias=True)
+    patches = F.interpolate(patches, (rows, columns), mode=mode, antialias=True)
     return torch.cat([pos_embed[:, :prefix], patches.flatten(2).transpose(1, 2)], 1)
 
 

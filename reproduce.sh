@@ -91,12 +91,14 @@ adaptive)
     al source --stage pretrain --size drawn-tiny --method tleg,weight-selection
     al swin --size drawn-swin --stream wide/5 $([[ ${SMOKE:-} ]] || echo --ancestry-epochs 5)
     finish
-    for seed in 0 1 2 3 4 5 6 7 8 9; do     # REINFORCE against the exhaustive search
-        launch "search-s$seed" adaptive_learngene.py "${few[@]}" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds
+    # REINFORCE against the exhaustive search. Its samples and rate were chosen on the first seed's pool; this is the second's.
+    other=$(awk '{ print $2 ? $2 : $1 }' <<< "$seeds")
+    for seed in 0 1 2 3 4 5 6 7 8 9; do
+        launch "search-s$seed" adaptive_learngene.py "${few[@]}" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s$other/pool" --data kinds
     done
     finish
     for seed in 0 1 2 3 4 5 6 7 8 9; do
-        al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s${seeds%% *}/pool" --data kinds --search exhaustive
+        al "search-s$seed" --stage select --seed "$seed" --size drawn-tiny --pool "$out/tiny-s$other/pool" --data kinds --search exhaustive
     done
     for seed in $seeds; do      # a single learngene, chosen by a short training of each, or at random
         al "trained-s$seed" --stage train $(small "$seed") --data "$near" --genes 1 --method adaptive,random --search exhaustive \
