@@ -61,11 +61,7 @@ class ViTConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "width", "depth", "heads", "num_classes", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                fail(f"a ViT needs {name.replace('_', ' ')} of at least 1, got {getattr(self, name)}")
-        if self.width % self.heads:
-            fail(f"{self.heads} heads do not divide a width of {self.width}; choose a multiple of the number of heads")
+        check_sizes("ViT", vars(self))
         if self.image_size % self.patch_size:
             fail(f"patches of {self.patch_size} px do not tile an image of {self.image_size} px; choose a divisor")
         if self.pool not in ("token", "avg"):
@@ -76,6 +72,8 @@ class ViTConfig:
 # The second half are the drawn data's counterparts: the same three roles, at widths that two CPU cores can train.
 VIT_SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12),
              "drawn-tiny": (32, 4), "drawn-small": (48, 6), "drawn-base": (64, 8)}
+# Likewise of GPT-2 (Radford et al. 2019, Table 2); the published depths are 12, 24, 36 and 48.
+GPT2_SIZES = {"gpt2": (768, 12), "gpt2-medium": (1024, 16), "gpt2-large": (1280, 20), "gpt2-xl": (1600, 25), "drawn-gpt2": (48, 6)}
 
 
 class Attention(nn.Module):
@@ -183,12 +181,141 @@ def vit(size, depth=12, **overrides):
     return ViT(vit_config(size, depth, **overrides))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# GPT-2
+# ----------------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Architecture of a GPT-2 (the defaults are the published "gpt2"). The last token of the vocabulary ends a text and pads it.
+
+    num_classes: of a classifier that reads the last token of a text; 0 is a language model, whose head is the token table.
+    """
+    vocab: int = 50257
+    context: int = 1024
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    num_classes: int = 0
+
+    def __post_init__(self):
+        check_sizes("GPT-2", vars(self), optional=("num_classes",))
+
+
+class CausalAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.num_heads = heads
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x):                                                            # (B, T, D)
+        B, T, D = x.shape
+        q, k, v = self.c_attn(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)                  # (B, heads, T, D/heads)
+        return self.c_proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class GPT2Mlp(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.act = nn.GELU("tanh")
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+class GPT2Block(nn.Module):
+    """Pre-norm transformer block, every token seeing those before it."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, eps=1e-5)
+        self.attn = CausalAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width, eps=1e-5)
+        self.mlp = GPT2Mlp(width)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """GPT-2 (Radford et al. 2019) under the published parameter names; matrices are (out, in), as nn.Linear has them.
+
+    forward(ids): token ids (B, T), padded at the right -> logits (B, num_classes), or (B, T, vocab) of a language model.
+    tokens(ids): after the blocks -> (B, T, width).
+    encode(ids): the last non-padding token of every text after the last LayerNorm -> features (B, width). No token sees
+    those behind it, so the padding needs no mask.
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab, config.width)
+        self.wpe = nn.Embedding(config.context, config.width)
+        self.h = nn.Sequential(*(GPT2Block(config.width, config.heads) for _ in range(config.depth)))
+        self.ln_f = nn.LayerNorm(config.width, eps=1e-5)
+        if config.num_classes:
+            self.score = nn.Linear(config.width, config.num_classes, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: normal of std 0.02, less by sqrt(2 depth) where a residual branch ends; zero biases, unit norms."""
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, std=0.02 / (2 * self.config.depth) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @property
+    def head(self):
+        return self.score
+
+    def tokens(self, ids):
+        return self.h(self.wte(ids) + self.wpe.weight[:ids.shape[1]])                # (B, T, D)
+
+    def last(self, x, ids):
+        """Of tokens(ids), the last that is no padding, after the last LayerNorm: (B, D)."""
+        place = (torch.arange(ids.shape[1], device=ids.device) * (ids != self.config.vocab - 1)).argmax(1)
+        return self.ln_f(x[torch.arange(ids.shape[0], device=ids.device), place])
+
+    def encode(self, ids):
+        return self.last(self.tokens(ids), ids)
+
+    def language(self, x):
+        """Of tokens(ids), the logits of every next token: (B, T, vocab)."""
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+    def forward(self, ids):
+        return self.score(self.encode(ids)) if self.config.num_classes else self.language(self.tokens(ids))
+
+
+def network(config):
+    """The ViT or GPT-2 of a configuration, freshly initialised."""
+    return (GPT2 if isinstance(config, GPT2Config) else ViT)(config)
+
+
+def check_sizes(what, sizes, optional=()):
+    """One sentence unless all whole numbers of a configuration make sense together."""
+    for name, n in sizes.items():
+        if isinstance(n, int) and n < (name not in optional):
+            fail(f"a {what} needs {name.replace('_', ' ')} of at least 1, got {n}")
+    if sizes["width"] % sizes["heads"]:
+        fail(f"{sizes['heads']} heads do not divide a width of {sizes['width']}; choose a multiple of the number of heads")
+
+
 @torch.no_grad()
-def accuracy(forward, task, split, device, limit=None, batch_size=500):
-    """Top-1 accuracy in percent of `forward` (images -> logits) on a split of a data.Task, or on its first `limit` images."""
+def predictions(forward, task, split, device, limit=None, batch_size=500):
+    """(predicted, true) classes, int64 (N,) each, of a split of a data.Task or of its first `limit` examples; forward: x -> logits."""
     x, y = task.examples(split, limit)
-    correct = [(forward(a.to(device)).argmax(-1) == b.to(device)).sum() for a, b in zip(x.split(batch_size), y.split(batch_size))]
-    return 100 * int(torch.stack(correct).sum()) / len(y)
+    return torch.cat([forward(part.to(device)).argmax(-1) for part in x.split(batch_size)]), y.to(device)
+
+
+def accuracy(forward, task, split, device, limit=None, batch_size=500):
+    """Top-1 accuracy in percent."""
+    predicted, y = predictions(forward, task, split, device, limit, batch_size)
+    return 100 * int((predicted == y).sum()) / len(y)
 
 
 def parameter_groups(net, lr, weight_decay):
@@ -498,8 +625,8 @@ def told(said, path):
     """{"heads", "mean", "std"}, as far as a dict has them: "extra" of our checkpoints, our card, a hub's JSON files."""
     parts = [said] + [said.get(key) for key in ("pretrained_cfg", "architecture", "config")] if isinstance(said, dict) else []
     both = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
-    found = {key: both.get(key, both.get(other))
-             for key, other in (("heads", "num_attention_heads"), ("mean", "image_mean"), ("std", "image_std"))}
+    found = {key: next((both[name] for name in (key, *others) if name in both), None)
+             for key, *others in (("heads", "num_attention_heads", "n_head"), ("mean", "image_mean"), ("std", "image_std"))}
     for key, value in found.items():
         numbers = [value] if key == "heads" else value if isinstance(value, (list, tuple)) and len(value) == 3 else [None]
         if value is not None and not all(type(a) in (int, float) and math.isfinite(a) and (a > 0 or key == "mean") for a in numbers):
@@ -679,9 +806,51 @@ def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=Non
     return net, report
 
 
-def check_export(path, format, pool):
-    """One sentence unless a ViT can be written to `path` for `format`; to be asked before the work."""
-    if format not in DIALECTS[:2] or Path(path).is_dir() or Path(path).suffix not in (".pt", ".pth", ".safetensors"):
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")       # GPT-2's published files hold these as (in, out)
+
+
+def load_gpt2(path, num_classes=0, say=print):
+    """(net, report): a GPT-2 from a published file (pytorch_model.bin, model.safetensors) or from one of this code.
+
+    num_classes: 0 for the language model; a classifier keeps the file's `score` where that has as many, and gets a fresh one else.
+    report: "loaded" (number of tensors), "unexpected" (names), "head" ("none", "kept" or "replaced").
+    """
+    weights, about = read_weights(path)
+    state = {re.sub(r"^(transformer|encoder)\.", "", name): t.float() for name, t in weights.items()
+             if not re.search(r"\.attn\.(masked_)?bias$", name)}                     # masks, which old files hold as buffers
+    wte, wpe, first = (state.get(name, torch.empty(0)) for name in ("wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"))
+    if wte.ndim != 2 or wpe.ndim != 2 or first.ndim != 2 or 3 * wte.shape[1] not in first.shape:
+        fail(f"{path} is no GPT-2: that has wte.weight, wpe.weight and h.0.attn.c_attn.weight; give gpt2's pytorch_model.bin or model.safetensors")
+    width = wte.shape[1]
+    if first.shape[0] == width:                                                       # Conv1D: (in, out)
+        state = {name: t.T.contiguous() if CONV1D.search(name) else t for name, t in state.items()}
+    if not about.get("heads") and width % 64:
+        fail(f"{path}: width {width} does not tell the number of heads; say \"heads\" in {Path(path).with_suffix('.json')}")
+    depth = len({name.split(".")[1] for name in state if name.startswith("h.")})
+    config = GPT2Config(len(wte), len(wpe), width, depth, about.get("heads") or width // 64, num_classes)
+    net, report = GPT2(config), {"head": "none", "unexpected": [n for n in state if n == "lm_head.weight" or n.startswith("heads.")]}
+    if num_classes:
+        kept = len(state.get("score.weight", ())) == num_classes
+        report["head"] = "kept" if kept else "replaced"
+    if report["head"] != "kept":
+        report["unexpected"] += ["score.weight"] * ("score.weight" in state)
+    if not torch.equal(state.get("lm_head.weight", wte), wte):
+        fail(f"{path} has an lm_head that is not its token table; this GPT-2 ties the two")
+    state = {name: t for name, t in state.items() if name not in report["unexpected"]}
+    check_fits(state, net, path, ("score.",) if report["head"] == "replaced" else ())
+    net.load_state_dict(state, strict=False)
+    report["loaded"] = len(state)
+    say(f"{path}: GPT-2 of {depth} layers, width {width}, {config.heads} heads, {len(wte):,} tokens; head {report['head']}; not used: "
+        f"{', '.join(report['unexpected']) or 'none'}")
+    return net, report
+
+
+def check_export(path, format, pool=None):
+    """One sentence unless a network can be written to `path` for `format`; to be asked before the work."""
+    if format == "transformers":
+        if Path(path).is_dir() or Path(path).suffix not in (".bin", ".pt", ".safetensors"):
+            fail(f"the file to write (--output) ends in .bin, .pt or .safetensors, not {path}")
+    elif format not in DIALECTS[:2] or Path(path).is_dir() or Path(path).suffix not in (".pt", ".pth", ".safetensors"):
         fail(f"the file to write (--output or --export) ends in .pt, .pth or .safetensors and --format is timm or torchvision, not {path} "
              f"and {format}")
     if format == "torchvision" and pool == "avg":
@@ -707,6 +876,26 @@ def export_weights(state, config, path, format="timm", card=None):
     save = write_safetensors if path.suffix == ".safetensors" else lambda p, s: write_atomically(p, lambda q: torch.save(s, q))
     save(path, state)
     write_atomically(path.with_suffix(".json"), lambda p: p.write_text(card + "\n"))
+
+
+def export_gpt2(net, path, card=None):
+    """A GPT-2 under transformers' names and layout, as .bin, .pt or .safetensors, and its card: config.json's entries, the class
+    whose load_state_dict takes the file, and the caller's `card`."""
+    path, c = Path(path), net.config
+    check_export(path, "transformers")
+    if not all(t.isfinite().all() for t in net.state_dict().values()):
+        fail(f"the weights are not finite; nothing was written to {path}")
+    state = {("" if name.startswith("score.") else "transformer.") + name: (t.T if CONV1D.search(name) else t).detach().float().cpu().contiguous()
+             for name, t in net.state_dict().items()}
+    card = {"model_type": "gpt2", "vocab_size": c.vocab, "n_positions": c.context, "n_embd": c.width, "n_layer": c.depth, "n_head": c.heads,
+            "bos_token_id": c.vocab - 1, "eos_token_id": c.vocab - 1, "pad_token_id": c.vocab - 1, "heads": c.heads,
+            "num_labels": c.num_classes,
+            "build": "transformers.GPT2ForSequenceClassification(transformers.GPT2Config(vocab_size={vocab_size}, n_positions={n_positions}, n_embd={n_embd}, "
+            "n_layer={n_layer}, n_head={n_head}, num_labels={num_labels}, pad_token_id={pad_token_id}))", **(card or {})}
+    card["build"] = card["build"].format(**card)
+    save = write_safetensors if path.suffix == ".safetensors" else lambda p, s: write_atomically(p, lambda q: torch.save(s, q))
+    save(path, state)
+    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1, default=str) + "\n"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,9 @@ from torch import fx, nn
 from torch.func import functional_call
 
 import data
-from common import (VIT_SIZES, Run, Training, ViT, ViTConfig, accuracy, amount, check_export, export_weights, fail,
-                    load_checkpoint, load_pretrained, load_weights, parameter_groups, parse_flags, positive, rank_zero_first, read_weights,
-                    setup_machine, share, vit_config, whole, write_atomically, yes_no)
+from common import (GPT2_SIZES, VIT_SIZES, GPT2Config, Run, Training, ViTConfig, accuracy, amount, check_export, export_gpt2,
+                    export_weights, fail, load_checkpoint, load_gpt2, load_pretrained, load_weights, network, parameter_groups, parse_flags,
+                    positive, predictions, rank_zero_first, read_weights, setup_machine, share, whole, write_atomically, yes_no)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,24 +59,42 @@ def sample_architecture(dataset, rng):
     elif dataset == "drawn+":
         depth, width = rng.choice((2, 3, 4, 6, 8)), rng.randrange(32, 73, 8)
         return depth, width, width // 8
+    elif dataset == "GPTs-1K":          # LoGAH's generator for GPT-2; 8 heads
+        depth = rng.randint(3, 9)
+        low, high = (72, 176) if depth > 5 else (128, 176) if depth > 3 else (176, 256)
+        return depth, rng.randrange(low, high + 1, 8), 8
+    elif dataset == "drawn-GPTs":
+        depth, width = rng.choice((2, 3, 3, 4, 4, 6)), rng.randrange(32, 57, 8)
+        return depth, width, width // 8
     else:
         fail(f"unknown architecture dataset {dataset!r}")
     heads = (3, 6, 12) if width % 12 == 0 else (3, 6) if width % 6 == 0 else (3,) if width % 3 == 0 else (4, 8)
     return depth, width, rng.choice(heads)
 
 
-def architectures(dataset, image_size, patch_size, pool="token", count=1000, seed=1):
-    """The `count` architectures of a dataset, as ViTConfigs; the same list on every machine."""
+def architectures(dataset, shape, count=1000, seed=1):
+    """The `count` architectures of a dataset, as configurations; the same list on every machine. shape: see input_shape."""
     rng = random.Random(seed)
     samples = [sample_architecture(dataset, rng) for _ in range(count)]
-    return [ViTConfig(image_size, patch_size, width, depth, heads, pool=pool) for depth, width, heads in samples]
+    return [configuration(shape, depth=depth, width=width, heads=heads) for depth, width, heads in samples]
+
+
+def input_shape(args):
+    """What all networks of a run share: image_size, patch_size and pool of ViTs, or vocab and context of GPT-2s."""
+    if getattr(args, "modality", "image") == "text":
+        return dict(vocab=args.vocab, context=args.context, num_classes=2)
+    return dict(image_size=args.image_size, patch_size=args.patch, pool=args.pool)
+
+
+def configuration(shape, **sizes):
+    return (GPT2Config if "vocab" in shape else ViTConfig)(**shape, **sizes)
 
 
 @functools.lru_cache(maxsize=None)
 def skeleton(config):
-    """The ViT of a configuration without storage: parameters on the meta device, to be replaced by predicted ones."""
+    """The network of a configuration without storage: parameters on the meta device, to be replaced by predicted ones."""
     with torch.device("meta"):
-        return ViT(config)
+        return network(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,12 +105,13 @@ def skeleton(config):
 OPS = ("max_pool", "avg_pool", "sep_conv", "dil_conv", "conv", "msa", "cse", "sum", "concat", "input", "bias", "bn", "ln",
        "pos_enc", "glob_avg")
 MODULE_OPS = {nn.LayerNorm: "ln", nn.GroupNorm: "ln", nn.MultiheadAttention: "msa", nn.MaxPool2d: "max_pool",
-              nn.AvgPool2d: "avg_pool", nn.AdaptiveAvgPool2d: "glob_avg", nn.BatchNorm1d: "bn", nn.BatchNorm2d: "bn"}
+              nn.AvgPool2d: "avg_pool", nn.AdaptiveAvgPool2d: "glob_avg", nn.BatchNorm1d: "bn", nn.BatchNorm2d: "bn",
+              nn.Embedding: "pos_enc"}
 CALL_OPS = {"add": "sum", "iadd": "sum", "add_": "sum", "cat": "concat", "concat": "concat", "mean": "glob_avg",
             "softmax": "msa", "scaled_dot_product_attention": "msa", "shifted_window_attention": "msa", "layer_norm": "ln",
             "group_norm": "ln", "batch_norm": "bn", "linear": "conv", "conv2d": "conv", "max_pool2d": "max_pool",
             "avg_pool2d": "avg_pool", "adaptive_avg_pool2d": "glob_avg"}
-PARAMETRIC = ("conv", "sep_conv", "dil_conv", "ln", "bn")      # these are their parameters' nodes
+PARAMETRIC = ("conv", "sep_conv", "dil_conv", "ln", "bn", "pos_enc")      # these are their parameters' nodes
 SIZE_ANCHORS = 16             # sizes 1, 2, 4, ... 32768
 DEPTH_ANCHORS = 16            # relative depth 0, 1/15, ... 1
 MAX_DEGREE = 8
@@ -169,6 +189,8 @@ class Graph:
             if name is None:
                 continue
             shape, kind, head = self.shapes[i], OPS[self.ops[i]], i in (self.head, self.head_bias)
+            if kind == "pos_enc" and i in before:
+                kind = "token"                          # a table in which the input is looked up
             if head and num_classes:
                 shape = (num_classes, *shape[1:])
             weight = self.shapes[before[i]] if kind == "bias" else shape
@@ -257,7 +279,7 @@ def encode_graph(net):
                       "dil_conv" if getattr(module, "dilation", (1,)) not in ((1,), (1, 1)) else "conv")
             ends[node] = chain(op, owned, before) if op else before
         elif node.op in ("call_function", "call_method"):
-            if call_name(node) in ("getattr", "size", "dim"):                      # a size is not a value that flows
+            if call_name(node) in ("getattr", "size", "dim", "ne"):       # a size, or where the padding is: no value that flows
                 ends[node] = []
                 continue
             op = CALL_OPS.get(call_name(node))
@@ -371,16 +393,18 @@ class LowRankDecoder(nn.Module):
     """LoGAH's decoder: W = A B^T with A (out * kh, r) and B (in * kw, r), each a learned basis of r columns times a code
     of r x r numbers that an MLP makes from the node's features. D16: a vector (bias, norm) has rank one: r numbers do.
     """
-    def __init__(self, hid, rank, channels, kernels, classes, mlp):
+    def __init__(self, hid, rank, channels, kernels, classes, mlp, tokens=0):
         super().__init__()
-        self.rank, self.channels, self.kernels, self.classes = rank, channels, kernels, classes
+        self.rank, self.channels, self.kernels, self.classes, self.tokens = rank, channels, kernels, classes, tokens
         self.mlp = nn.Sequential(nn.Linear(hid, mlp[0]), nn.ReLU(), nn.Linear(mlp[0], mlp[1]), nn.ReLU())
         self.code = nn.Linear(mlp[1], 2 * rank * rank)
         self.vector_code = nn.Linear(mlp[1], rank)
         # D5: separate bases for rows and columns. With a single one, row and column spaces of neighbouring layers align,
         # and attention starts saturated.
         # D6: classes are not channels: the head's rows have a part of the basis of their own, behind the channels'.
-        self.row_basis = nn.Parameter(torch.randn(channels * kernels + classes, rank))
+        # D20: nor are tokens; every token of the vocabulary has a row of its own, behind the classes'. In the released code
+        # the token table repeats itself every 2,048 tokens.
+        self.row_basis = nn.Parameter(torch.randn(channels * kernels + classes + tokens, rank))
         self.col_basis = nn.Parameter(torch.randn(channels * kernels, rank))
         self.vector_basis = nn.Parameter(torch.randn(channels * kernels + classes, rank))
         # Principled start (Chang et al. 2020): codes of standard deviation 1 / sqrt(r), so that A and B start near 1.
@@ -395,6 +419,10 @@ class LowRankDecoder(nn.Module):
             if out > self.classes:
                 fail(f"the hypernetwork decodes at most {self.classes} classes, the task has {out}; raise --max-classes")
             return size + torch.arange(out), torch.arange(rest[0]) % size if rest else None
+        if group.kind == "token":
+            if out > self.tokens:
+                fail(f"the hypernetwork knows {self.tokens} tokens, this vocabulary has {out}; give the --tokens it was trained with")
+            return size + self.classes + torch.arange(out), torch.arange(rest[0]) % size
         # D7: queries, keys and values start at fixed rows, whatever the width. What is larger than the basis repeats it.
         rows = (torch.arange(group.parts)[:, None] * channels + torch.arange(out // group.parts)).flatten()
         rows = rows[:, None] + torch.arange(kh) * channels
@@ -502,7 +530,7 @@ def normalise(W, group, how, sums):
         return torch.tanh(0.2 * W)
     if group.kind == "pos_enc":
         return 0.2 * W
-    fan_in = math.prod(group.shape[1:])
+    fan_in = 1 if group.kind == "token" else math.prod(group.shape[1:])             # a table is looked up, not multiplied
     if how == "fan-in":
         return W * (2 / fan_in) ** 0.5
     scale = (1 / fan_in) ** 0.5 * (6 / max(6, sums) if group.residual else 1)
@@ -511,11 +539,11 @@ def normalise(W, group, how, sums):
 
 class Hypernet(nn.Module):
     """H_D(.; theta): learngene and decoder. `predict` is the whole method at use."""
-    def __init__(self, hid, layers, heads, max_distance, task_dim, decoder, rank, channels, kernels, classes, mlp, norm):
+    def __init__(self, hid, layers, heads, max_distance, task_dim, decoder, rank, channels, kernels, classes, mlp, norm, tokens=0):
         super().__init__()
         self.normalisation = norm
         self.learngene = Learngene(hid, layers, heads, max_distance, task_dim)
-        self.decoder = (LowRankDecoder(hid, rank, channels, kernels, classes, mlp) if decoder == "low-rank" else
+        self.decoder = (LowRankDecoder(hid, rank, channels, kernels, classes, mlp, tokens) if decoder == "low-rank" else
                         TiledDecoder(hid, hid, kernels, classes))
 
     def predict(self, graph, I=None, num_classes=None, features=None):
@@ -583,20 +611,23 @@ class TrainingModel(nn.Module):
 
 
 class Ancestry(nn.Module):
-    """The ancestry model: one ViT encoder with a head per task it was trained on.
+    """The ancestry model: one encoder, ViT or GPT-2, with a head per task it was trained on.
 
     Pretrained ones come with the mean and std by which their images were normalised. They are shown each task's images that
     way, in the size they know, while the student sees the task's own normalisation.
     """
     def __init__(self, config, classes, mean=None, std=None):
         super().__init__()
-        self.encoder = ViT(config)
-        self.encoder.head = nn.Identity()
+        self.encoder = network(config)
+        if isinstance(config, ViTConfig):
+            self.encoder.head = nn.Identity()
         self.heads = nn.ModuleDict({task: nn.Linear(config.width, n) for task, n in classes.items()})
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, values and torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def forward(self, x, task=None):             # (B, 3, H, W), normalised as data.Task does -> E_anc (B, d')
+    def forward(self, x, task=None):             # (B, 3, H, W), normalised as data.Task does, or (B, T) -> E_anc (B, d')
+        if x.ndim == 2:
+            return self.encoder.encode(x)
         if self.mean is not None:
             white_is_1 = (x - task.shift) / (255 * task.scale)
             x = (white_is_1 - self.mean) / self.std
@@ -639,7 +670,8 @@ def build_hypernet(args):
     has its own decoder."""
     decoder = "tiled" if args.method == "ghn3" else "low-rank"
     return Hypernet(args.hid, args.layers, args.hyper_heads, args.max_distance, args.ancestry_width if args.task_info else 0,
-                    decoder, args.rank, args.max_channels, args.max_kernel, args.max_classes, args.mlp, args.normalise)
+                    decoder, args.rank, args.max_channels, args.max_kernel, args.max_classes, args.mlp, args.normalise,
+                    getattr(args, "vocab", 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -690,7 +722,7 @@ def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddi
 
     Step k draws its tasks, architectures and images from (seed, k) alone.
     """
-    archs = architectures(args.archs, args.image_size, args.patch, args.pool)
+    archs = architectures(args.archs, input_shape(args))
     counts = [len(task.labels["train"]) for task in tasks]
     steps = math.ceil(epochs * sum(counts) / (args.batch_size * args.tasks_per_step))
     schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, args.tasks_per_step, args.seed)
@@ -719,12 +751,12 @@ def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddi
 
 @torch.no_grad()
 def customize(hypernet, config, I, num_classes):
-    """A ViT of any size for a task, ready to use or to train on: its parameters are predicted, none is random.
+    """A network of any size for a task, ready to use or to train on: its parameters are predicted, none is random.
 
-    config: ViTConfig, whose num_classes is ignored; I: task embedding (t,) or None. More classes than --max-classes end
+    config: ViTConfig or GPT2Config, whose num_classes is ignored; I: task embedding (t,) or None. More classes than --max-classes end
     the program (exit code 2).
     """
-    net = ViT(dataclasses.replace(config, num_classes=num_classes)).to(next(hypernet.parameters()).device)
+    net = network(dataclasses.replace(config, num_classes=num_classes)).to(next(hypernet.parameters()).device)
     net.load_state_dict(hypernet.predict(encoded(config, next(hypernet.parameters()).device)[1], I, num_classes))
     return net
 
@@ -751,13 +783,14 @@ def image_count(text):
 
 
 FLAGS = [   # name, type, (drawn, paper), help and source
+    ("--modality", ["image", "text"], "image", "ViTs for images, or GPT-2s for text (Table 6); some defaults differ, -h shows those of the modality"),
     ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
     ("--method", METHODS, "tal", "tal+: wider architectures, soft labels; logah, ghn3: baselines; random: for train, no prediction"),
     ("--data", str, "", "tasks, comma-separated: drawn ones, real datasets, folders of images; evaluate reports, train trains, customize "
      "serves them"),
     ("--data-dir", str, "data", "where real datasets lie, and drawn data is cached"),
     ("--output", str, "runs/tal", "directory of the run; for customize, the file to write: .pt, .pth or .safetensors"),
-    ("--format", ["timm", "torchvision"], "timm", "whose VisionTransformer loads the file that customize writes"),
+    ("--format", ["timm", "torchvision", "transformers"], "timm", "whose ViT (for text: transformers, its GPT-2) loads the file that customize writes"),
     ("--seed", whole, 0, "seed of the run; the data have their own, fixed"),
     ("--device", str, "auto", "cpu, cuda, cuda:1 ..."),
     ("--threads", whole, (1, 0), "CPU threads, 0 for all; the drawn networks are too small to gain from a second one"),
@@ -783,7 +816,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--meta-batch", positive, 1, f"architectures per step, m of Eq. (1); {CODE}: 1"),
     ("--tasks-per-step", positive, 1, f"tasks per step while tuning; {CODE}: 1"),
     ("--arch-per-process", bool, False, "under torchrun, every process draws its own architectures"),
-    ("--archs", ["ViTs-1K", "ViTs+-1K", "drawn", "drawn+"], ("drawn", "ViTs-1K"), "architecture dataset; tal+ takes the + one (Sec. 4)"),
+    ("--archs", ["ViTs-1K", "ViTs+-1K", "drawn", "drawn+", "GPTs-1K", "drawn-GPTs"], ("drawn", "ViTs-1K"), "architecture dataset; tal+ takes the + one (Sec. 4)"),
     ("--no-task-info", bool, False, "ablation TAL (w/o T.I.), Table 8"),
     ("--no-ancestry", bool, False, "ablation TAL (w/o ans-net), Table 8: no Eq. (4); the task embeddings stay"),
     ("--tune-alpha", share, (0.5, 0.0), "alpha while tuning; Eq. (7): \"typically the cross-entropy\", authors' code: 0"),
@@ -797,6 +830,8 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--max-kernel", positive, (8, 16), f"kernel positions, likewise; {CODE}: 16"),
     ("--max-classes", positive, (128, 2048), "rows of the class head; Omniglot has 1623"),
     ("--normalise", ["fan-in", "rms"], ("rms", "fan-in"), f"scale of predicted matrices; {CODE}: fan-in"),
+    ("--context", positive, (64, 1024), "tokens of a text at most; GPT-2: 1,024"),
+    ("--tokens", str, "", "folder with GPT-2's vocab.json and merges.txt; without it tokens are bytes"),
     ("--image-size", positive, (32, 224), "pixels"),
     ("--patch", positive, (8, 16), "pixels"),
     ("--pool", ["token", "avg"], ("avg", "token"), "class token (ViT), or mean of the patches"),
@@ -810,7 +845,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--ancestry-depth", positive, (4, 12), "paper: ViT-Base"),
     ("--ancestry-heads", positive, (8, 12), "paper: ViT-Base"),
     ("--ancestry-lr", amount, (2e-3, 1e-3), "peak learning rate of the drawn ancestry"),
-    ("--size", list(VIT_SIZES), ("drawn-small", "small"), "named width and heads, for train and customize"),
+    ("--size", [*VIT_SIZES, *GPT2_SIZES], ("drawn-small", "small"), "named width and heads, for train and customize"),
     ("--depth", positive, (3, 12), "layers, for train and customize"),
     ("--width", whole, 0, "overrides --size"),
     ("--heads", whole, 0, "overrides --size"),
@@ -822,6 +857,20 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--log-every", positive, 50, "steps between log lines"),
 ]
 
+TEXT = {    # the defaults that differ under --modality text, (drawn, paper)
+    "--stage": "tune",
+    "--format": "transformers",
+    "--output": "runs/tal-text",
+    "--tal-dir": "runs/tal-text",
+    "--batch-size": (64, 32),
+    "--pretrain-epochs": (0.0, 0.0),
+    "--tune-epochs": (6.0, 100.0),
+    "--base-task": "",
+    "--tune-tasks": (",".join(data.GRAMMAR), "mrpc,cola,rte,imdb"),
+    "--archs": ("drawn-GPTs", "GPTs-1K"),
+    "--size": ("drawn-gpt2", "gpt2"),
+}
+
 
 def identity(stage, args):
     """What a checkpoint of the hypernetwork must agree on to be resumed: all that its training depends on."""
@@ -830,16 +879,24 @@ def identity(stage, args):
             "rank", "mlp", "max_channels", "max_kernel", "max_classes", "normalise", "image_size", "patch", "pool", "augment", "ancestry_width", "amp"]
     if stage == "tune":
         keys += ["task_temperature", "tasks_per_step", "tune_tasks"]
+    if args.modality == "text":
+        keys += ["modality", "vocab", "context"]
     return {k: getattr(args, k) for k in keys}
 
 
 def settings(argv=None):
-    args = parse_flags(__doc__.strip(), FLAGS, PRESETS, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    text = "--modality=text" in argv or ["--modality", "text"] in [argv[i:i + 2] for i in range(len(argv))]
+    rows = [(name, kind, TEXT.get(name, values) if text else values, help) for name, kind, values, help in FLAGS]
+    args = parse_flags(__doc__.strip(), rows, PRESETS, argv)
+    args.vocab = data.Tokenizer(args.tokens or None).size if text else 0
     if args.method == "tal+" and not args.archs.endswith(("+", "+-1K")):
         args.archs = {"drawn": "drawn+", "ViTs-1K": "ViTs+-1K"}[args.archs]
     args.task_info = args.method in ("tal", "tal+") and not args.no_task_info
     if args.method not in ("tal", "tal+") or args.no_ancestry:
         args.alpha = args.tune_alpha = 0.0
+    if text and (args.stage in ("pretrain", "plot") or args.method in ("tal+", "ghn3") or args.source == "pretrain"):
+        fail("--modality text has the stages ancestry, tune, evaluate, train and customize, and the methods tal, logah and random: Table 6")
     if args.method == "random" and args.stage != "train":
         fail("--method random is for --stage train; the other stages predict parameters")
     if args.epochs:
@@ -864,6 +921,10 @@ def settings(argv=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def load_tasks(names, args, machine):
+    if args.modality == "text":
+        with rank_zero_first(machine):
+            tasks = data.load_texts(list(names), args.data_dir, args.context, args.tokens)
+        return {name: task.to(machine.device) for name, task in tasks.items()}
     memory = 0 if args.augment and args.recipe != "shift" else data.MEMORY          # recipes are work for processes of their own
     with rank_zero_first(machine):
         tasks = data.load_many(list(names), args.data_dir, args.image_size, workers=args.workers, memory=memory)
@@ -874,16 +935,21 @@ def load_tasks(names, args, machine):
 
 
 def train_ancestry(run, args, machine):
-    """The ancestry of the drawn data (D15): one encoder, a head per task, one task per step as while tuning."""
-    tasks = list(load_tasks([data.BASE, *data.DECATHLON], args, machine).values())
+    """The ancestry of the drawn data (D15): one encoder, a head per task, one task per step as while tuning.
+
+    For text it is a language model besides (D21): half of its loss is that of every next token.
+    """
+    text = args.modality == "text"
+    tasks = list(load_tasks(data.GRAMMAR if text else [data.BASE, *data.DECATHLON], args, machine).values())
     counts, classes = [len(t.labels["train"]) for t in tasks], {t.name: t.num_classes for t in tasks}
-    config = ViTConfig(args.image_size, args.patch, args.ancestry_width, args.ancestry_depth, args.ancestry_heads, pool=args.pool)
+    config = configuration(input_shape(args), width=args.ancestry_width, depth=args.ancestry_depth, heads=args.ancestry_heads)
+    config = dataclasses.replace(config, num_classes=0) if text else config
     torch.manual_seed(args.seed)
     ancestry = Ancestry(config, classes).to(machine.device)
     steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
     schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, 1, args.seed)
     keys = ("seed", "batch_size", "ancestry_lr", "image_size", "patch", "pool", "ancestry_width", "ancestry_depth", "ancestry_heads",
-            "weight_decay", "warmup", "clip", "augment", "task_temperature", "amp")
+            "weight_decay", "warmup", "clip", "augment", "task_temperature", "amp") + ("vocab", "context") * text
     job = Training(run, "ancestry", ancestry, parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
                    warmup=round(args.warmup * steps), clip=args.clip, identity={k: getattr(args, k) for k in keys},
                    extra={"config": dataclasses.asdict(config), "classes": classes}, batch_size=args.batch_size,
@@ -892,16 +958,35 @@ def train_ancestry(run, args, machine):
         ((task, visit),) = schedule[step]
         x, y = tasks[task].batch("train", visit, args.batch_size, args.seed, args.augment and args.recipe, machine.rank, machine.world)
         with machine.autocast():
-            logits = ancestry.heads[tasks[task].name](ancestry(x))
-        job.update(loss_cls(y, logits.float()))
+            tokens = ancestry.encoder.tokens(x) if text else None
+            E = ancestry.encoder.last(tokens, x) if text else ancestry(x)
+            cls = loss_cls(y, ancestry.heads[tasks[task].name](E).float())
+            language = language_loss(x, ancestry.encoder.language(tokens).float()) if text else cls
+        job.update((cls + language) / 2, loss_cls=cls)
     scores = {t.name: accuracy(lambda x: ancestry.heads[t.name](ancestry(x)), t, "val", machine.device) for t in tasks}
     run.print("ancestry, accuracy on val: " + ", ".join(f"{n} {a:.1f}" for n, a in scores.items()))
     return ancestry
 
 
+def language_loss(ids, logits):
+    """Mean cross-entropy of every next token; ids (B, T) padded at the right, logits (B, T, vocab). Of the padding, which is the
+    token that ends a text, the first counts."""
+    wanted = ids[:, 1:]
+    padding = logits.shape[-1] - 1
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.masked_fill(ids[:, :-1] == padding, -100).flatten())
+
+
 def pretrained_ancestry(path, args, run):
     """A ViT of any of the sources that load_pretrained knows; its width becomes --ancestry-width. Its head gives TAL+ soft labels
     for the task imagenet, as published heads of 1,000 classes are in the order of ImageNet's folders."""
+    if args.modality == "text":
+        net = load_gpt2(path, say=run.print)[0]
+        if (net.config.vocab, net.config.context >= args.context) != (args.vocab, True):
+            fail(f"{path} knows {net.config.vocab} tokens and texts of {net.config.context}, the data has {args.vocab} and {args.context}; say "
+                 "--tokens FOLDER with its vocab.json and merges.txt, or a smaller --context")
+        args.ancestry_width, ancestry = net.config.width, Ancestry(net.config, {})
+        ancestry.encoder.load_state_dict(net.state_dict())
+        return ancestry
     net, report = load_pretrained(path, image_size=args.image_size, say=run.print)
     args.ancestry_width = net.config.width
     classes = {"imagenet": net.config.num_classes} if report["head"] == "kept" else {}
@@ -923,9 +1008,15 @@ def get_ancestry(args, run, machine):
             fail("needs a finished ancestry model: give one by --ancestry FILE, or train one by --ancestry-epochs and no --ancestry")
         ancestry = train_ancestry(run, args, machine)
     else:
-        config = ViTConfig(**saved["extra"]["config"])
-        sizes = config.width, config.image_size if args.stage != "customize" else args.image_size    # which may ask for another
-        if sizes != (args.ancestry_width, args.image_size):
+        text, config = args.modality == "text", saved["extra"]["config"]
+        if text != ("vocab" in config):
+            fail(f"the ancestry in {path} was not trained on {args.modality}; give another --ancestry")
+        config = (GPT2Config if text else ViTConfig)(**config)
+        if text and (config.vocab, config.context, config.width) != (args.vocab, args.context, args.ancestry_width):
+            fail(f"the ancestry in {path} has {config.vocab} tokens, context {config.context} and width {config.width}; this run has "
+                 f"{args.vocab}, --context {args.context} and --ancestry-width {args.ancestry_width}; say the same")
+        size = config.image_size if not text and args.stage != "customize" else args.image_size    # which may ask for another
+        if not text and (config.width, size) != (args.ancestry_width, args.image_size):
             fail(f"the ancestry in {path} has width {config.width} for {config.image_size} px; say --ancestry-width {config.width} "
                  f"--image-size {config.image_size}, or give another --ancestry")
         ancestry = Ancestry(config, saved["extra"]["classes"]).to(machine.device)
@@ -940,15 +1031,16 @@ def get_hypernet(stage, args, run, machine, to_tune=False):
     finished pretraining of any length, but of the same settings.
     """
     if (to_tune or args.stage not in ("pretrain", "tune")) and run[stage].exists():
-        expected = dict(method=args.method, task_info=args.task_info)
-        if args.stage in ("evaluate", "plot"):
-            expected |= dict(image_size=args.image_size, patch=args.patch, pool=args.pool)
+        text = args.modality == "text"
+        expected = dict(method=args.method, task_info=args.task_info, modality="text" if text else None)
+        if text or args.stage in ("evaluate", "plot"):
+            expected |= {key: getattr(args, key) for key in (("vocab", "context") if text else ("image_size", "patch", "pool"))}
         saved = load_checkpoint(run[stage], stage=stage, **(identity(stage, args) if to_tune else expected))
         if saved["step"] == saved["steps"]:
             hypernet = build_hypernet(argparse.Namespace(**saved["config"])).to(machine.device)
             load_weights(hypernet, saved["model"], run[stage])
             args.archs, args.ancestry_width = saved["config"]["archs"], saved["config"]["ancestry_width"]
-            args.trained = {key: saved["config"][key] for key in ("image_size", "patch", "pool")}
+            args.trained = argparse.Namespace(**saved["config"])
             if not args.ancestry and not run["ancestry"].exists():
                 args.ancestry = saved["config"]["ancestry"]
             embeddings = {n: I.to(machine.device) for n, I in saved["extra"]["embeddings"].items()}
@@ -959,7 +1051,11 @@ def get_hypernet(stage, args, run, machine, to_tune=False):
         hypernet, alpha, epochs, embeddings = build_hypernet(args).to(machine.device), args.alpha, args.pretrain_epochs, {}
         tasks = load_tasks([args.base_task], args, machine)
     else:
-        hypernet = get_hypernet("pretrain", args, run, machine, to_tune=True)[0]
+        if args.pretrain_epochs:
+            hypernet = get_hypernet("pretrain", args, run, machine, to_tune=True)[0]
+        else:                               # for text, Sec. 5.2 tells of one training only, on the tasks
+            torch.manual_seed(args.seed)
+            hypernet = build_hypernet(args).to(machine.device)
         tasks, alpha, epochs = load_tasks(args.tune_tasks.split(","), args, machine), args.tune_alpha, args.tune_epochs
         embeddings = {n: task_embedding(ancestry, t, machine) for n, t in tasks.items()} if args.task_info else {}
     teacher = ancestry if alpha or args.method == "tal+" and not args.no_ancestry else None
@@ -972,9 +1068,7 @@ def finished_hypernet(stage, args, run, machine):
     """get_hypernet's three, the hypernetwork made ready, in place, for sizes that it was not trained on (D19)."""
     hypernet, ancestry, embeddings = get_hypernet(stage, args, run, machine)
     if isinstance(hypernet.decoder, LowRankDecoder):
-        trained = getattr(args, "trained", vars(args))
-        shapes = {dataclasses.replace(c, depth=1)
-                  for c in architectures(args.archs, trained["image_size"], trained["patch"], trained["pool"])}
+        shapes = {dataclasses.replace(c, depth=1) for c in architectures(args.archs, input_shape(getattr(args, "trained", args)))}
         hypernet.decoder.quiet_untrained_rows(group for config in shapes for group in
                                               encoded(config, machine.device)[1].groups(hypernet.decoder.classes))
     return hypernet, ancestry, embeddings
@@ -988,32 +1082,69 @@ def embedding(task, args, ancestry, embeddings, machine):
 
 
 def sizes(args, depths=(3, 6, 12)):
-    """{name: ViTConfig} of the evaluated sizes, Tables 1 and 2: {3, 6, 12}-Tiny, -Small, -Base or the drawn counterparts."""
+    """{name: configuration} of the evaluated sizes, or the drawn counterparts. Tables 1 and 2: {3, 6, 12}-Tiny, -Small, -Base; Table
+    6: {3, 6, 9, 12}-GPT2."""
     drawn = "drawn-" if args.preset == "drawn" else ""
-    shape = dict(image_size=args.image_size, patch_size=args.patch, pool=args.pool)
-    return {f"{depth}-{size.title()}": vit_config(drawn + size, depth, **shape)
-            for size in ("tiny", "small", "base") for depth in depths}
+    if args.modality == "text":
+        return {f"{depth}-GPT2": sized(args, drawn + "gpt2", depth) for depth in (3, 6, 9, 12)}
+    return {f"{depth}-{size.title()}": sized(args, drawn + size, depth) for size in ("tiny", "small", "base") for depth in depths}
+
+
+def sized(args, size, depth):
+    width, heads = {**VIT_SIZES, **GPT2_SIZES}[size]
+    return configuration(input_shape(args), depth=depth, width=width, heads=heads)
 
 
 def asked_architecture(args):
     asked = {name: value for name, value in (("width", args.width), ("heads", args.heads)) if value}
-    return vit_config(args.size, args.depth, image_size=args.image_size, patch_size=args.patch, pool=args.pool, **asked)
+    return dataclasses.replace(sized(args, args.size, args.depth), **asked)
+
+
+def f1(predicted, y):
+    """F1 of class 1 in percent; 0 where it is never predicted rightly."""
+    right = int(((predicted == 1) & (y == 1)).sum())
+    return 200 * right / max(1, int((predicted == 1).sum()) + int((y == 1).sum()))
+
+
+def matthews(predicted, y):
+    """Matthews correlation of two classes in percent, from -100 to 100; 0 for a constant prediction."""
+    p, t = predicted.double(), y.double()
+    covariance, variances = ((p - p.mean()) * (t - t.mean())).mean(), p.var(correction=0) * t.var(correction=0)
+    return float(100 * covariance / variances.sqrt()) if variances > 0 else 0.0
+
+
+def scores(task, predicted, y):
+    """{column of the table: percent}: accuracy; with F1 for paraphrases, Matthews correlation for acceptability (Table 6)."""
+    metric = getattr(task, "metric", "accuracy")
+    if metric == "Matthews":
+        return {task.name: matthews(predicted, y)}
+    accuracy = {task.name: 100 * int((predicted == y).sum()) / len(y)}
+    return accuracy | ({f"{task.name} F1": f1(predicted, y)} if metric == "accuracy/F1" else {})
 
 
 def evaluate(run, args, machine, hypernet, ancestry, embeddings, tasks):
     """Accuracy of untrained networks with predicted parameters (Tables 1 and 2), printed and kept in a JSON file."""
-    trained = {(c.width, c.depth) for c in architectures(args.archs, args.image_size, args.patch, args.pool)}
+    trained = {(c.width, c.depth) for c in architectures(args.archs, input_shape(args))}
     I = {n: embedding(t, args, ancestry, embeddings, machine) for n, t in tasks.items()}
     table = {}
     for name, config in sizes(args).items():
         name += "" if (config.width, config.depth) in trained else "*"
-        row = {n: accuracy(customize(hypernet, config, I[n], t.num_classes), t, args.split, machine.device)
-               for n, t in tasks.items()}
-        table[name] = {**row, "average": sum(row.values()) / len(row)}
+        table[name] = {}
+        for n, t in tasks.items():
+            net = customize(hypernet, config, I[n], t.num_classes)
+            table[name] |= scores(t, *predictions(net, t, args.split, machine.device))
+    if args.modality == "text":             # what a network that always says the most frequent class gets
+        table["majority"] = {}
+        for t in tasks.values():
+            y = t.labels[args.split]
+            table["majority"] |= scores(t, torch.full_like(y, int(t.labels["train"].bincount().argmax())), y)
+    for row in table.values():
+        row["average"] = sum(row[n] for n in tasks) / len(tasks)
     run.print(f"untrained accuracy in percent, {args.split} split, method {args.method}, seed {args.seed} (* a size never trained on)")
-    run.print(" " * 10 + "".join(f"{c[:9]:>10}" for c in [*tasks, "average"]))
+    run.print(" " * 10 + "".join(f"{c if len(c) < 16 else c[:9]:>16}" for c in row) if args.modality == "text" else
+              " " * 10 + "".join(f"{c[:9]:>10}" for c in row))
     for name, row in table.items():
-        run.print(f"{name:10}" + "".join(f"{a:10.2f}" for a in row.values()))
+        run.print(f"{name:10}" + "".join(f"{a:{16 if args.modality == 'text' else 10}.2f}" for a in row.values()))
     if machine.rank == 0:
         write_atomically(run.dir / f"untrained-{args.stage}-{args.split}.json", lambda p: p.write_text(json.dumps(table, indent=1)))
 
@@ -1054,9 +1185,9 @@ def train(run, args, machine):
         hypernet, ancestry, embeddings = finished_hypernet(args.source, args, run, machine)
     for task in load_tasks(args.tasks or data.DECATHLON, args, machine).values():
         torch.manual_seed(args.seed)
-        net = ViT(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
+        net = network(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
         if args.method != "random":
-            head = {n: p for n, p in net.state_dict().items() if n.startswith("head.")}
+            head = {n: p for n, p in net.state_dict().items() if n.startswith(("head.", "score."))}
             net = customize(hypernet, config, embedding(task, args, ancestry, embeddings, machine), task.num_classes)
             if args.fresh_head or args.source == "pretrain" or task.name not in args.tune_tasks.split(","):
                 net.load_state_dict(head, strict=False)
@@ -1078,8 +1209,10 @@ def small_settings(args):
 
 
 def customize_stage(args, machine):
-    """Writes an initialised network of any size for a task or a folder of images, for timm or torchvision, and its card."""
-    path = Path(args.output)
+    """Writes an initialised network of any size for a task or a folder of images, for timm, torchvision or transformers, and its card."""
+    path, text = Path(args.output), args.modality == "text"
+    if text != (args.format == "transformers"):
+        fail(f"--modality {args.modality} writes for {'transformers' if text else 'timm or torchvision'}; say --format accordingly")
     check_export(path, args.format, args.pool)
     if len(args.tasks) != 1:
         fail("--stage customize takes one task: --data NAME, or --data FOLDER with one sub-folder of images per class")
@@ -1087,10 +1220,12 @@ def customize_stage(args, machine):
     run = Run(args.tal_dir, vars(args), machine)
     (task,) = load_tasks(args.tasks, args, machine).values()
     if not run["tune"].exists():
+        if text and args.preset != "drawn":
+            fail(f"there is no tuned TAL in {args.tal_dir}; make one by --modality text --preset paper --stage tune --output {args.tal_dir}")
         small = small_settings(args)
-        run.print(f"there is no tuned TAL in {args.tal_dir}, so one is made there now, once, for drawn images of {small.image_size} px: an "
-                  f"ancestry, pretraining, tuning on {small.tune_tasks.count(',') + 1} tasks; some ten minutes on a CPU. Networks for "
-                  "photographs want one tuned under --preset paper")
+        run.print(f"there is no tuned TAL in {args.tal_dir}, so one is made there now, once, for drawn "
+                  f"{'text' if text else f'images of {small.image_size} px'}: an ancestry, training on {small.tune_tasks.count(',') + 1} tasks; "
+                  f"some ten minutes on a CPU. Networks for {'real text' if text else 'photographs'} want one tuned under --preset paper")
         get_hypernet("tune", small, Run(args.tal_dir, vars(small), machine), machine)
     hypernet, ancestry, embeddings = finished_hypernet("tune", args, run, machine)
     known = min(task.num_classes, hypernet.decoder.classes)
@@ -1098,7 +1233,7 @@ def customize_stage(args, machine):
     if known < task.num_classes:
         run.print(f"this TAL predicts heads of at most {known} classes; for {task.num_classes} the head starts at random")
         torch.manual_seed(args.seed)
-        head = ViT(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
+        head = network(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
         head.load_state_dict({n: p for n, p in net.state_dict().items() if not n.startswith("head.")}, strict=False)
         net = head
     about = {"task": task.name, "method": args.method, "hypernet": hashlib.sha256(run["tune"].read_bytes()).hexdigest(), "seed": args.seed,
@@ -1113,7 +1248,10 @@ def customize_stage(args, machine):
         about["trained"] = accuracy(net, task, "val", machine.device)
         run.print(f"{about['trained']:.2f} % on val after {args.epochs:g} epochs; log and checkpoint are in {folder}")
     if machine.rank == 0:
-        export_weights(net.state_dict(), net.config, path, args.format, about)
+        if text:
+            export_gpt2(net, path, about)
+        else:
+            export_weights(net.state_dict(), net.config, path, args.format, about)
     run.print(f"wrote {path} for {args.format}, and what it is to {path.with_suffix('.json')}")
 
 

@@ -1,0 +1,220 @@
+"""GPT-2: the network against a forward pass written by hand, weights in and out, its graph, its predicted parameters, Table 6's metrics."""
+import json
+import math
+
+import pytest
+import torch
+
+import tal
+from common import GPT2, GPT2Config, export_gpt2, load_gpt2
+
+SMALL = GPT2Config(vocab=50, context=12, width=16, depth=2, heads=4, num_classes=3)
+
+
+def random_weights(net, seed=0):
+    """Biases and norms away from 0 and 1, so that each of them matters."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + p.numel())) * 0.3 + (p.ndim == 1) * 0.1)
+    return net
+
+
+def published(net):
+    """State under the names and in the layout of the published file: matrices (in, out), masks as buffers."""
+    state = {n: p.T.contiguous() if n.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and p.ndim == 2 else p for n, p in net.state_dict().items()}
+    c = net.config
+    return state | {f"h.{i}.attn.bias": torch.ones(1, 1, c.context, c.context) for i in range(c.depth)}
+
+
+def by_hand(net, ids):
+    """Radford et al. 2019, one text and one head at a time, from the published layout: features of every token (T, D)."""
+    w, c, T = published(net), net.config, len(ids)
+    norm = lambda x, n: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * w[n + ".weight"] + w[n + ".bias"]
+    gelu = lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    x = torch.stack([w["wte.weight"][i] + w["wpe.weight"][t] for t, i in enumerate(ids)])
+    for layer in range(c.depth):
+        h, size = f"h.{layer}.", c.width // c.heads
+        q, k, v = (norm(x, h + "ln_1") @ w[h + "attn.c_attn.weight"] + w[h + "attn.c_attn.bias"]).split(c.width, 1)
+        heads = []
+        for a in range(c.heads):
+            part = slice(a * size, (a + 1) * size)
+            rows = [torch.softmax(q[t, part] @ k[:t + 1, part].T / math.sqrt(size), 0) @ v[:t + 1, part] for t in range(T)]
+            heads.append(torch.stack(rows))
+        x = x + torch.cat(heads, 1) @ w[h + "attn.c_proj.weight"] + w[h + "attn.c_proj.bias"]
+        z = gelu(norm(x, h + "ln_2") @ w[h + "mlp.c_fc.weight"] + w[h + "mlp.c_fc.bias"])
+        x = x + z @ w[h + "mlp.c_proj.weight"] + w[h + "mlp.c_proj.bias"]
+    return norm(x, "ln_f")
+
+
+TEXTS = [[3, 7, 7, 1, 20], [5], [9, 8, 2, 3, 4, 6, 30, 11, 12, 13, 14, 48]]
+
+
+def padded(texts, eos=49):
+    T = max(map(len, texts))
+    return torch.tensor([t + [eos] * (T - len(t)) for t in texts])
+
+
+def test_classifier_reads_the_last_token_that_is_no_padding():
+    net = random_weights(GPT2(SMALL))
+    logits = net(padded(TEXTS))
+    for row, ids in zip(logits, TEXTS):
+        torch.testing.assert_close(row, net.score.weight @ by_hand(net, ids)[-1], atol=1e-5, rtol=1e-5)
+
+
+def test_language_model_is_tied_to_the_token_table():
+    net = random_weights(GPT2(GPT2Config(50, 12, 16, 2, 4)))
+    logits = net(torch.tensor([TEXTS[0]]))[0]
+    torch.testing.assert_close(logits, by_hand(net, TEXTS[0]) @ net.wte.weight.T, atol=1e-4, rtol=1e-5)
+    assert "score.weight" not in net.state_dict() and "lm_head.weight" not in net.state_dict()
+
+
+def test_what_stands_behind_the_text_does_not_matter():
+    net = random_weights(GPT2(SMALL))
+    ids = padded(TEXTS)
+    torch.testing.assert_close(net(ids)[:2], net(ids[:2, :6]), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("depth, count", [(12, 124_439_808), (3, 60_648_960), (6, 81_912_576), (9, 103_176_192)])
+def test_published_sizes(depth, count):
+    with torch.device("meta"):
+        net = GPT2(GPT2Config(depth=depth))
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+def test_language_loss_against_a_loop():
+    net = random_weights(GPT2(GPT2Config(50, 12, 16, 2, 4)))
+    ids = padded(TEXTS)
+    log_p = net(ids).log_softmax(-1)
+    terms = [-log_p[row, t, wanted] for row, text in enumerate(TEXTS) for t, wanted in enumerate((text + [49])[1:12])]
+    torch.testing.assert_close(tal.language_loss(ids, net(ids)), torch.stack(terms).mean())
+
+
+# Weights in and out
+
+@pytest.mark.parametrize("prefix, suffix", [("", ".bin"), ("transformer.", ".bin"), ("", ".safetensors")])
+def test_published_files_load(prefix, suffix, tmp_path):
+    from common import write_safetensors
+    net = random_weights(GPT2(GPT2Config(50, 12, 64, 2, 1)))
+    state = {prefix + n: t.contiguous() for n, t in published(net).items()}
+    path = tmp_path / f"gpt2{suffix}"
+    torch.save(state, path) if suffix == ".bin" else write_safetensors(path, state)
+    loaded, report = load_gpt2(path, say=lambda line: None)
+    assert loaded.config == net.config and report["head"] == "none"
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+    classifier, report = load_gpt2(path, num_classes=3, say=lambda line: None)
+    assert report["head"] == "replaced" and classifier.score.weight.shape == (3, 64)
+
+
+def test_heads_are_told_by_config_json(tmp_path):
+    net = GPT2(GPT2Config(50, 12, 64, 2, 4))
+    torch.save(published(net), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"n_head": 4}))
+    assert load_gpt2(tmp_path / "pytorch_model.bin", say=lambda line: None)[0].config.heads == 4
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_exported_and_loaded_again(suffix, tmp_path):
+    net = random_weights(GPT2(SMALL))
+    path = tmp_path / f"net{suffix}"
+    export_gpt2(net, path, {"task": "x"})
+    loaded, report = load_gpt2(path, num_classes=3, say=lambda line: None)
+    assert report["head"] == "kept" and loaded.config == net.config
+    torch.testing.assert_close(loaded(padded(TEXTS)), net(padded(TEXTS)))
+    card = json.loads((tmp_path / "net.json").read_text())
+    assert card["n_head"] == 4 and card["task"] == "x" and "num_labels=3" in card["build"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("wpe.weight"), "is no GPT-2"), (lambda s: s.pop("h.1.ln_2.bias"), "lacks h.1.ln_2.bias"),
+    (lambda s: s.update({"lm_head.weight": torch.zeros(50, 64)}), "not its token table"),
+    (lambda s: s.update({"ln_f.weight": torch.full((64,), math.nan)}), "not finite")])
+def test_bad_files(change, words, tmp_path, capsys):
+    state = published(GPT2(GPT2Config(50, 12, 64, 2, 1)))
+    change(state)
+    torch.save(state, tmp_path / "bad.bin")
+    with pytest.raises(SystemExit) as stop:
+        load_gpt2(tmp_path / "bad.bin")
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_impossible_sizes(capsys):
+    for sizes in (dict(width=10, heads=3), dict(depth=0), dict(vocab=0)):
+        with pytest.raises(SystemExit):
+            GPT2Config(**sizes)
+        assert "error: " in capsys.readouterr().err
+
+
+def test_same_as_transformers(tmp_path):
+    """Both of Hugging Face's GPT-2 classes on the same random weights."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    about = dict(vocab_size=50, n_positions=12, n_embd=16, n_layer=2, n_head=4, pad_token_id=49)
+    net = random_weights(GPT2(SMALL))
+    export_gpt2(net, tmp_path / "net.bin")
+    theirs = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**about, num_labels=3)).eval()
+    theirs.load_state_dict(torch.load(tmp_path / "net.bin", weights_only=True), strict=False)
+    torch.testing.assert_close(theirs(padded(TEXTS)).logits, net(padded(TEXTS)), atol=1e-4, rtol=1e-4)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**about)).eval()
+    torch.save(theirs.state_dict(), tmp_path / "lm.bin")
+    (tmp_path / "lm.json").write_text('{"heads": 4}')
+    ours = load_gpt2(tmp_path / "lm.bin", say=lambda line: None)[0]
+    torch.testing.assert_close(theirs(torch.tensor([TEXTS[2]])).logits, ours(torch.tensor([TEXTS[2]])), atol=1e-4, rtol=1e-4)
+
+
+# Graph and predicted parameters
+
+def test_graph_of_one_block():
+    graph = tal.encode_graph(GPT2(GPT2Config(50, 12, 16, 1, 4, 3)))
+    ops = [tal.OPS[o] for o in graph.ops]
+    chain = ["input", "pos_enc", "pos_enc", "sum", "ln", "bias", "conv", "bias", "msa", "conv", "bias", "sum", "ln", "bias", "conv", "bias", "conv",
+             "bias", "sum", "ln", "bias", "conv"]
+    assert ops == chain
+    assert [n for n in graph.names if n] == [n for n, _ in GPT2(GPT2Config(50, 12, 16, 1, 4, 3)).named_parameters()]
+    into = {j: sorted(i for i, k in graph.edges if k == j) for j in range(len(graph))}
+    assert into[1] == [0] and into[2] == [] and into[3] == [1, 2] and into[11] == [3, 10] and into[18] == [11, 17] and into[21] == [20]
+    assert graph.shapes[8] == (4,) and graph.joins == {11, 18} and graph.head == 21
+
+
+def small_hypernet(tokens=5000, channels=64):
+    torch.manual_seed(0)
+    return tal.Hypernet(32, 2, 4, 12, 0, "low-rank", 8, channels, 4, 10, [16, 16], "rms", tokens)
+
+
+def test_every_token_has_rows_of_its_own():
+    """No tiling: over a vocabulary larger than the channels' basis, no two rows of the token table agree."""
+    net = GPT2(GPT2Config(5000, 12, 16, 2, 4, 3))
+    weights = small_hypernet().predict(tal.encode_graph(net))
+    assert {n: w.shape for n, w in weights.items()} == {n: p.shape for n, p in net.named_parameters()}
+    table = weights["wte.weight"]
+    assert len(table.round(decimals=4).unique(dim=0)) == 5000
+    assert abs(float(table.pow(2).mean()) - 1) < 1e-3                    # looked up, not multiplied: rms 1
+
+
+def test_more_tokens_than_known(capsys):
+    with pytest.raises(SystemExit):
+        small_hypernet(tokens=40).predict(tal.encode_graph(GPT2(SMALL)))
+    assert "knows 40 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset, low, high", [("GPTs-1K", 3, 9), ("drawn-GPTs", 2, 6)])
+def test_architectures(dataset, low, high):
+    shape = dict(vocab=257, context=64, num_classes=2)
+    configs = tal.architectures(dataset, shape)
+    assert configs == tal.architectures(dataset, shape) and len(configs) == 1000
+    assert (min(c.depth for c in configs), max(c.depth for c in configs)) == (low, high)
+    if dataset == "GPTs-1K":                # LoGAH's ranges: deep ones are narrow; 50M parameters at most
+        widths = {d: {c.width for c in configs if c.depth == d} for d in range(3, 10)}
+        assert (min(widths[3]), max(widths[3])) == (176, 256) and (min(widths[4]), max(widths[5])) == (128, 176)
+        assert min(widths[7]) >= 72 and max(widths[9]) <= 176 and {c.heads for c in configs} == {8}
+
+
+# Table 6's metrics
+
+def test_f1_and_matthews_by_hand():
+    y = torch.tensor([1, 1, 1, 0, 0, 0, 0, 1])
+    predicted = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1])
+    tp, fp, fn, tn = 3, 1, 1, 3
+    assert tal.f1(predicted, y) == pytest.approx(100 * 2 * tp / (2 * tp + fp + fn))
+    phi = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert tal.matthews(predicted, y) == pytest.approx(100 * phi)
+    assert tal.matthews(torch.ones(8, dtype=torch.int64), y) == 0 and tal.f1(torch.zeros(8, dtype=torch.int64), y) == 0
+    assert tal.matthews(1 - y, y) == pytest.approx(-100)
