@@ -43,12 +43,14 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import time
+import unicodedata
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -881,7 +883,7 @@ class Task:
     def to(self, device):
         """The same task with its tensors on a device."""
         move = lambda tensors: {split: t.to(device) for split, t in tensors.items()}
-        return Task(self.name, self.class_names, self.mean, self.std, move(self.images), move(self.labels))
+        return replace(self, images=move(self.images), labels=move(self.labels))
 
     def normalise(self, images):
         """float32 (x / 255 - mean) / std of uint8 images."""
@@ -937,8 +939,7 @@ class Task:
 
     def only(self, rows):
         """The task with these training images, and no other split."""
-        return Task(self.name, self.class_names, self.mean, self.std, {"train": self.images["train"][rows]},
-                    {"train": self.labels["train"][rows]})
+        return replace(self, images={"train": self.images["train"][rows]}, labels={"train": self.labels["train"][rows]})
 
     def examples(self, split, limit=None):
         """The first `limit` images of a split in their fixed order (all by default): x normalised, y."""
@@ -1737,6 +1738,154 @@ def load(name, data_dir="data", image_size=32, seed=0, workers=2, memory=MEMORY)
     with one sentence (exit code 2).
     """
     return load_many([name], data_dir, image_size, seed, workers, memory)[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text: GPT-2's tokens, tasks of texts
+# ---------------------------------------------------------------------------------------------------------------
+END = "<|endoftext|>"               # GPT-2's only special token, always the last id; it also pads, for want of another
+
+
+def byte_symbols():
+    """{byte: the character that stands for it in GPT-2's files}: itself where it shows, else U+0100 and on; in the order of ids."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {b: chr(b) for b in shown} | {b: chr(256 + k) for k, b in enumerate(sorted({*range(256)}.difference(shown)))}
+
+
+@functools.cache
+def pretokens():
+    r"""GPT-2's 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ for re, which has no \p; built in < 1 s."""
+    ranges = {"L": "", "N": ""}                             # letters, numbers
+    for kind, points in itertools.groupby(range(0x110000), lambda point: unicodedata.category(chr(point))[0]):
+        if kind in ranges:
+            points = [*points]
+            ranges[kind] += f"\\U{points[0]:08x}-\\U{points[-1]:08x}"
+    l, n, s = *ranges.values(), r"\t-\r\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"     # re's \s has \x1c-\x1f too
+    return re.compile(f"'s|'t|'re|'ve|'m|'ll|'d| ?[{l}]+| ?[{n}]+| ?[^{s}{l}{n}]+|[{s}]+(?![^{s}])|[{s}]+")
+
+
+class Tokenizer:
+    """GPT-2's byte-level BPE from its two files in `folder`; without a folder bytes, ids 0 to 255. The last id, eos, is END.
+
+    A text that spells END out is encoded as ordinary characters: no text holds the id eos.
+    """
+
+    def __init__(self, folder=None):
+        self.bytes, self.key = [bytes([k]) for k in range(256)] + [END.encode()], "bytes"
+        if folder is not None:
+            self.read(folder)
+        self.size = len(self.bytes)
+        self.eos = self.size - 1
+        self.word = functools.lru_cache(2 ** 17)(self.merge)        # nearly all words of a review have come before
+
+    def read(self, folder):
+        needed = "; needed: vocab.json and merges.txt of openai's gpt2 on Hugging Face"
+        paths, content = [], []
+        for names in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+            paths.append(next(filter(os.path.exists, (os.path.join(folder, name) for name in names)), None) or
+                         fail(f"there is no {' or '.join(names)} in {folder}{needed}"))
+            try:
+                with open(paths[-1], encoding="utf-8") as file:
+                    content.append(file.read().split("\n") if content else dict(json.load(file)))
+            except (OSError, ValueError, TypeError) as error:
+                fail(f"cannot read {paths[-1]} ({error}){needed}")
+        vocab, lines = content
+        merges = [(*line.split(" "),) for line in lines[lines[0].startswith("#version"):] if line]      # "# #" is a merge
+        byte = {symbol: b for b, symbol in byte_symbols().items()}
+        if odd := next((pair for pair in merges if len(pair) != 2 or not all(pair) or not byte.keys() >= {*"".join(pair)}), None):
+            fail(f"{paths[1]} has a line that is not two tokens, {' '.join(odd)!r}{needed}")
+        tokens = dict.fromkeys((*byte, *map("".join, merges), END))
+        absent = next((token for token in tokens if token not in vocab), None)
+        if absent is not None:
+            fail(f"{paths[0]} has no token {absent!r}, which {paths[1]} and the 256 bytes call for{needed}")
+        if len(vocab) != len(tokens):
+            fail(f"{paths[0]} has {len(vocab):,} tokens, not 256 bytes, {len(tokens) - 257:,} merges of {paths[1]} and {END}{needed}")
+        if sorted(map(repr, vocab.values())) != sorted(map(repr, range(len(vocab)))) or vocab[END] != len(vocab) - 1:
+            fail(f"{paths[0]}: the ids are not the numbers from 0 with {END} last{needed}")
+        self.symbols, self.rank, self.ids = byte_symbols(), {pair: k for k, pair in enumerate(merges)}, vocab
+        self.bytes = [bytes(map(byte.get, token)) for token in sorted(vocab, key=vocab.get)[:-1]] + [END.encode()]
+        self.key = hashed((sorted(vocab.items()), merges)).hex()
+
+    def merge(self, word):
+        """The ids of one pretoken: from single bytes on, the adjacent pair of lowest rank is merged wherever it occurs."""
+        parts, rank = [self.symbols[b] for b in word.encode()], lambda pair: self.rank.get(pair, math.inf)
+        while len(parts) > 1 and (pair := min(zip(parts, parts[1:]), key=rank)) in self.rank:
+            merged, k = [], 0
+            while k < len(parts):                           # from left to right: a a a is aa a
+                two = (*parts[k:k + 2],) == pair
+                merged.append("".join(parts[k:k + 1 + two]))
+                k += 1 + two
+            parts = merged
+        return [self.ids[part] for part in parts]
+
+    def encode(self, text):
+        if self.key == "bytes":
+            return list(text.encode())
+        return [token for word in pretokens().findall(text) for token in self.word(word)]
+
+    def decode(self, ids):
+        return b"".join(self.bytes[int(k)] for k in ids).decode(errors="replace")
+
+
+@dataclass
+class TextTask(Task):
+    """Texts as token ids: images {split: int32 [N, T]}, padded at the right with eos; mean and std are ().
+
+    metric: "accuracy", "accuracy/F1" or "Matthews". lengths {split: int64 [N]}, in tokens, stay on the CPU.
+    """
+    metric: str = "accuracy"
+    eos: int = 256
+
+    def __post_init__(self):
+        self.lengths = {split: (ids != self.eos).sum(1).cpu() for split, ids in self.images.items()}
+
+    def normalise(self, images):
+        return images.long()
+
+    def batch(self, split, step, batch_size, seed=0, augment=False, rank=0, world=1):
+        """As Task.batch: ids int64 [b, t], where t is the longest of these b texts, and y int64 [b]. Nothing is augmented."""
+        rows = rows_of(len(self.lengths[split]), step, batch_size, seed, rank, world)
+        longest = int(self.lengths[split][rows].max())      # the host knows it, and need not wait for a GPU
+        rows = to_device(rows, self.labels[split].device)
+        return self.normalise(self.images[split][rows, :longest]), self.labels[split][rows]
+
+    def examples(self, split, limit=None):
+        """The first `limit` texts of a split in their fixed order (all by default): ids int64 [n, the longest of them], y."""
+        longest = int(self.lengths[split][:limit].max())
+        return self.normalise(self.images[split][:limit, :longest]), self.labels[split][:limit]
+
+
+def tokenised(name, splits, tokenizer):
+    """{split: (ids of all texts in a row, lengths [N], labels [N])} of {split: [(text, second text or None, label)]}."""
+    kind, tokens = np.min_scalar_type(tokenizer.size), {}
+    for split, rows in splits.items():
+        parts = []
+        for text, second, _ in tqdm(rows, f"{name}: {split}", leave=False, disable=None if len(rows) > 5000 else True):
+            if not text or second == "":
+                fail(f"{name}: text {len(parts)} of {split} is empty")
+            parts.append(np.array(tokenizer.encode(text if second is None else f"{text}\n{second}"), kind))
+        tokens[split] = np.concatenate(parts), np.array([len(p) for p in parts]), np.array([label for *_, label in rows])
+    return tokens
+
+
+def from_tokens(name, class_names, metric, tokens, eos, context):
+    """The TextTask of what `tokenised` gives: texts are cut to `context` tokens and padded to the longest that is left."""
+    every, images = np.concatenate([lengths for _, lengths, _ in tokens.values()]), {}
+    if cut := int((every > context).sum()):
+        print(f"{name}: {cut:,} of {len(every):,} texts are longer than {context:,} tokens and keep their first {context:,}")
+    for split, (ids, lengths, _) in tokens.items():
+        width = min(context, int(every.max()))
+        place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)        # of each token in its text
+        rows = np.full((len(lengths), width), eos, np.int32)
+        rows[np.arange(width) < lengths[:, None]] = ids[place < width]
+        images[split] = torch.from_numpy(rows)
+    labels = {split: torch.from_numpy(labels) for split, (*_, labels) in tokens.items()}
+    return TextTask(name, list(class_names), (), (), images, labels, metric, eos)
+
+
+def text_task(name, class_names, metric, splits, tokenizer, context):
+    """The TextTask of {split: [(text, second text or None, label)]}; a newline joins the two texts of a pair."""
+    return from_tokens(name, class_names, metric, tokenised(name, splits, tokenizer), tokenizer.eos, context)
 
 
 # ---------------------------------------------------------------------------------------------------------------
