@@ -32,13 +32,14 @@ as 32 x 32, drawn finer. What a class looks like does not depend on the seed.
 
     python data.py                  draw everything, write results/contact_sheet.png
     python data.py --difficulty     how hard each task is: chance, a linear model on pixels, a small ViT
-    python data.py --check NAME --data-dir DIR      what was found of a real dataset (names: see REAL), what is missing
+    python data.py --check NAME --data-dir DIR      what was found of a real dataset (see REAL, TEXTS), what is missing
 """
 import collections
 import contextlib
 import copy
 import csv
 import functools
+import glob
 import gzip
 import hashlib
 import itertools
@@ -48,6 +49,7 @@ import os
 import re
 import time
 import unicodedata
+import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -1171,7 +1173,7 @@ def locate(name, data_dir, marks, *places):
         if os.path.exists(os.path.join(data_dir, place, mark)):
             return os.path.normpath(os.path.join(data_dir, place))
     where = data_dir + (f" or its folders {', '.join(places)}" if places else "")
-    fail(f"{name}: there is no {' or '.join(marks)} in {where}; needed: {REAL[name].get}")
+    fail(f"{name}: there is no {' or '.join(marks)} in {where}; needed: {(REAL | TEXTS)[name].get}")
 
 
 def resolve(files, *spellings):
@@ -1419,11 +1421,11 @@ def find(name, data_dir):
     return found._replace(files=files, missing=missing, official=found.official or REAL[name].official)
 
 
-def differences(found):
+def differences(found, what="images"):
     """Sentences on what is not as the whole dataset has it."""
     counts = {split: len(f) for split, f in found.files.items()}
     counts |= {"classes": len(found.class_names), "all": sum(counts.values())}
-    return [f"{counts.get(key, 0):,} {key if key == 'classes' else key + ' images'} where the whole set has {count:,}"
+    return [f"{counts.get(key, 0):,} {key if key == 'classes' else f'{key} {what}'} where the whole set has {count:,}"
             for key, count in found.official.items() if counts.get(key, 0) != count]
 
 
@@ -1741,9 +1743,13 @@ def load(name, data_dir="data", image_size=32, seed=0, workers=2, memory=MEMORY)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Text: GPT-2's tokens, tasks of texts
+# Text: GPT-2's tokens, tasks of texts, GLUE's MRPC, CoLA and RTE, and IMDB
 # ---------------------------------------------------------------------------------------------------------------
 END = "<|endoftext|>"               # GPT-2's only special token, always the last id; it also pads, for want of another
+VAL_SHARE = 0.1                     # of the training texts: neither GLUE nor IMDB has a split for choosing
+TEXT_VERSION = 1                    # part of the cache's key: raise it when a reader gives other texts
+GRAMMAR = {}                        # drawn tasks: name -> (class names, metric, split -> [(text, second text or None, label)])
+PARTS = ("ids", "lengths", "labels")
 
 
 def byte_symbols():
@@ -1888,6 +1894,155 @@ def text_task(name, class_names, metric, splits, tokenizer, context):
     return from_tokens(name, class_names, metric, tokenised(name, splits, tokenizer), tokenizer.eos, context)
 
 
+GLUE = {                            # first line of a table, columns of label and sentences, label words in the order of classes
+    "mrpc": (["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], 0, (3, 4), ("0", "1")),
+    "cola": (None, 1, (3,), ("0", "1")),
+    "rte": (["index", "sentence1", "sentence2", "label"], 3, (1, 2), ("entailment", "not_entailment")),
+}
+
+
+def read_tsv(name, path):
+    """[(columns, (sentence, second sentence or None, label))] of one of GLUE's tables, in which a quote is only a quote."""
+    header, label_at, texts_at, words = GLUE[name]
+    width = max(label_at, *texts_at) + 1
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            lines = [(f"{path}, line {reader.line_num}", columns) for columns in reader if columns]
+    except (OSError, ValueError, csv.Error) as error:
+        fail(f"{name}: cannot read {path} ({error}); needed: {TEXTS[name].get}")
+    if header and (not lines or lines.pop(0)[1] != header):
+        fail(f"{path}, line 1: should name the columns of {name}: {', '.join(header)}, separated by tabs")
+    for where, columns in lines:
+        if len(columns) != width:
+            fail(f"{where}: {len(columns)} columns separated by tabs, where {name} has {width}")
+        if columns[label_at] not in words:
+            fail(f"{where}: the label {columns[label_at]!r} is none of {', '.join(words)}")
+        if not all(columns[k].strip() for k in texts_at):
+            fail(f"{where}: an empty sentence")
+    return [(c, (*([c[k].strip() for k in texts_at] + [None])[:2], words.index(c[label_at]))) for _, c in lines]
+
+
+def read_glue(name, base):
+    """GLUE's test has no labels, so "test" is its dev. MRPC also comes as Microsoft's own two tables: dev are then the pairs
+    that dev_ids lists, and the second table (GLUE's test, here with labels) is left alone, so that both forms give one task."""
+    path = lambda file: os.path.join(base, file)
+    if name != "mrpc" or os.path.exists(path("train.tsv")):
+        return {split: [row for _, row in read_tsv(name, path(file))] for split, file in (("train", "train.tsv"), ("test", "dev.tsv"))}
+    listed = next(filter(os.path.exists, map(path, ("dev_ids.tsv", "mrpc_dev_ids.tsv"))), None) or fail(
+        f"mrpc: {base} lacks dev_ids.tsv (or mrpc_dev_ids.tsv), which says which pairs of msr_paraphrase_train.txt are GLUE's dev")
+    with open(listed, encoding="utf-8-sig") as file:
+        dev = {(*line.split(),) for line in file}
+    rows = read_tsv(name, path("msr_paraphrase_train.txt"))
+    return {split: [row for c, row in rows if ((c[1], c[2]) in dev) == (split == "test")] for split in ("train", "test")}
+
+
+def read_imdb(name, base):
+    """A review per file, in folders neg and pos; train/unsup has no labels."""
+    parts = {"train": [], "test": []}
+    for split, (label, kind) in itertools.product(parts, enumerate(("neg", "pos"))):
+        paths = sorted(glob.glob(os.path.join(glob.escape(base), split, kind, "*.txt")))
+        for path in paths or fail(f"{name}: no reviews (.txt) in {os.path.join(base, split, kind)}; needed: {TEXTS[name].get}"):
+            try:
+                with open(path, encoding="utf-8") as file:
+                    text = file.read().replace("<br />", "\n").strip()
+            except (OSError, ValueError) as error:
+                fail(f"{name}: cannot read {path} ({error})")
+            parts[split].append((text or fail(f"{path}: an empty review"), None, label))
+    return parts
+
+
+Texts = namedtuple("Texts", "read marks places class_names metric official get")        # official: train, test of the whole set
+
+
+def glue_places(folder):
+    return [top + f for top in ("glue/", "GLUE/", "glue_data/", "") for f in (folder, folder.lower())]
+
+
+TEXTS = {
+    "mrpc": Texts(read_glue, ["train.tsv", "msr_paraphrase_train.txt"], glue_places("MRPC"), ["not a paraphrase", "paraphrase"],
+                  "accuracy/F1", (3668, 408), "MRPC/ with train.tsv and dev.tsv, or with msr_paraphrase_train.txt and dev_ids.tsv"),
+    "cola": Texts(read_glue, ["train.tsv"], glue_places("CoLA"), ["unacceptable", "acceptable"], "Matthews", (8551, 1043),
+                  "CoLA.zip, unpacked"),
+    "rte": Texts(read_glue, ["train.tsv"], glue_places("RTE"), ["entailment", "not entailment"], "accuracy", (2490, 277),
+                 "RTE.zip, unpacked"),
+    "imdb": Texts(read_imdb, ["train/pos"], ["aclImdb", "imdb/aclImdb", "imdb", "IMDB"], ["negative", "positive"], "accuracy",
+                  (25000, 25000), "aclImdb_v1.tar.gz, unpacked"),
+}
+
+
+def read_texts(name, data_dir, tokenizer, limit=None):
+    """What `tokenised` gives of a real dataset, kept in data_dir/tokens until its files change, and what the whole set has else.
+
+    Texts go in the order of their hashes, for files may be sorted by class: any first n are a fair sample. The first
+    tenth of the training texts is val.
+    """
+    about = TEXTS[name]
+    base = locate(name, data_dir, about.marks, *about.places)
+    files = [f for pattern in ("*.tsv", "*.txt", "t*/[np]*/*.txt") for f in glob.glob(os.path.join(glob.escape(base), pattern))]
+    stamp = sorted((os.path.relpath(f, base), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)])
+    path = os.path.join(data_dir, "tokens", f"{name}-{hashed((TEXT_VERSION, tokenizer.key, limit, stamp)).hex()[:16]}.npz")
+    try:
+        with np.load(path) as kept:
+            tokens = {split: tuple(kept[f"{split}-{part}"] for part in PARTS) for split in SPLITS}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):               # nothing there, or damaged
+        mixed = lambda rows: sorted(rows, key=lambda row: hashed(f"{name}\n{row[0]}\n{row[1]}"))
+        parts = {split: mixed(rows) for split, rows in about.read(name, base).items()}
+        train, test, val = parts["train"], parts["test"], max(1, round(VAL_SHARE * len(parts["train"])))
+        if len(train) < 2 or not test:
+            fail(f"{name}: {len(train)} training and {len(test)} test texts in {base}; it takes 2 and 1; needed: {about.get}")
+        tokens = tokenised(name, {"train": train[val:][:limit], "val": train[:val][:limit], "test": test[:limit]}, tokenizer)
+
+        def write(path):
+            with open(path, "wb") as file:
+                np.savez(file, **{f"{split}-{part}": t for split in SPLITS for part, t in zip(PARTS, tokens[split])})
+        try:
+            write_atomically(path, write)
+        except OSError as error:
+            print(f"{name}: the tokens are not kept ({error})")
+    val = round(VAL_SHARE * about.official[0])
+    official = dict(train=about.official[0] - val, val=val, test=about.official[1]) if limit is None else {}
+    return tokens, differences(Found(about.class_names, {s: tokens[s][2] for s in SPLITS}, official), "texts")
+
+
+def load_texts(names, data_dir="data", context=1024, tokens="", limit=None):
+    """{name: TextTask} of drawn tasks (GRAMMAR) and real ones (TEXTS, in data_dir), of at most `limit` texts per split.
+
+    tokens: a folder with GPT-2's vocab.json and merges.txt; "": a token is a byte. Texts keep their first `context` tokens.
+    """
+    for name in names:
+        if name not in GRAMMAR and name not in TEXTS:
+            fail(f"no text task {name!r}; there are {', '.join([*GRAMMAR, *TEXTS])}")
+    tokenizer, tasks = Tokenizer(tokens or None), {}
+    for name in names:
+        if name in GRAMMAR:
+            class_names, metric, draw = GRAMMAR[name]
+            tasks[name] = text_task(name, class_names, metric, {s: draw(s)[:limit] for s in SPLITS}, tokenizer, context)
+        else:
+            read, trouble = read_texts(name, data_dir, tokenizer, limit)
+            for sentence in trouble:
+                print(f"{name}: {sentence}")
+            tasks[name] = from_tokens(name, TEXTS[name].class_names, TEXTS[name].metric, read, tokenizer.eos, context)
+    return tasks
+
+
+def check_texts(name, data_dir, tokens):
+    """As `check`, for texts."""
+    tokenizer, names = Tokenizer(tokens or None), TEXTS[name].class_names
+    read, trouble = read_texts(name, data_dir, tokenizer)
+    print(f"{name}: {len(names)} classes ({', '.join(names)}), scored by {TEXTS[name].metric}; "
+          f"official: {' / '.join(f'{n:,}' for n in TEXTS[name].official)} (train / test); val is {VAL_SHARE:.0%} of train")
+    for split, (_, lengths, labels) in read.items():
+        count = np.bincount(labels)
+        print(f"  {split}: {len(labels):,} texts, {count.max() / len(labels):.1%} of them {names[count.argmax()]}; "
+              f"the longest has {lengths.max():,} tokens")
+    ids, lengths, labels = read["train"]
+    print(f"  the first training text, {names[labels[0]]}: {tokenizer.decode(ids[:lengths[0]])[:200]!r}")
+    if trouble:
+        fail(f"{name} is not whole: {'; '.join(trouble)}")
+    print(f"{name} is whole: its counts are the official ones")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Command line: contact sheet and table of difficulty
 # ---------------------------------------------------------------------------------------------------------------
@@ -1942,6 +2097,7 @@ def main(argv=None):
     parser = Parser(description="Draw the mini visual decathlon and show it.")
     parser.add_argument("--output", help="where the contact sheet goes [results/contact_sheet.png; runs/ with --check]")
     parser.add_argument("--check", metavar="NAME", help="say what is there of a real dataset or a folder of images")
+    parser.add_argument("--tokens", default="", help="--check of texts: folder with GPT-2's vocab.json and merges.txt [bytes]")
     parser.add_argument("--data-dir", default="data", help="folder of the real datasets and of the cache (drawn/ inside it)")
     parser.add_argument("--image-size", type=positive, default=32, help="side of the drawn images in pixels")
     parser.add_argument("--seed", type=whole, default=0, help="seed of the drawn images")
@@ -1953,6 +2109,8 @@ def main(argv=None):
                                   "results/contact_sheet.png")
     if not args.output.endswith((".png", ".jpg")):
         fail(f"--output {args.output} must end in .png or .jpg")
+    if args.check in TEXTS:
+        return check_texts(args.check, args.data_dir, args.tokens)
     if args.check:
         return check(args.check, args.data_dir, args.image_size, args.workers, args.output)
     names = args.tasks.split(",") if args.tasks else [n for n in DRAWN if not (args.difficulty and SPECS[n].masks)]

@@ -1,9 +1,11 @@
-"""The text half of data.py: GPT-2's tokens against hand-worked merges, tasks of texts and their batches."""
+"""The text half of data.py: GPT-2's tokens against hand-worked merges, tasks of texts, GLUE and IMDB from tiny copies."""
 import json
 import os
 import random
+import shutil
 import unicodedata
 
+import numpy as np
 import pytest
 import torch
 
@@ -234,3 +236,250 @@ def test_empty_text_in_a_task(capsys):
     for row in (("", None, 0), ("a", "", 0)):
         refuses(capsys, lambda: data.text_task("toy", ["a"], "accuracy", {"train": [("a", None, 0), row]}, data.Tokenizer(), 9),
                 "toy: text 1 of train is empty")
+
+
+# GLUE and IMDB
+
+MRPC = [("1", f"{k}1", f"{k}2", f'He said "{k}.', f"It's {k} ' said \"\" he") if k % 3 else
+        ("0", f"{k}1", f"{k}2", f"Ünlike {k}", f"other {k}") for k in range(30)]
+
+
+def table(path, rows, header=None, bom=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(row) for row in ([header] if header else []) + rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig" if bom else "utf-8")
+
+
+def mrpc(folder, raw=False):
+    header, dev = data.GLUE["mrpc"][0], [row for k, row in enumerate(MRPC) if k % 5 == 0]
+    if raw:
+        table(folder / "msr_paraphrase_train.txt", MRPC, header, bom=True)
+        table(folder / "msr_paraphrase_test.txt", MRPC[:4], header, bom=True)
+        table(folder / "dev_ids.tsv", [row[1:3] for row in dev])
+    else:
+        table(folder / "train.tsv", [row for row in MRPC if row not in dev], header)
+        table(folder / "dev.tsv", dev, header)
+        table(folder / "test.tsv", [("0", *row[1:]) for row in MRPC[:4]], ["index", *header[1:]])
+
+
+def cola(folder):
+    rows = lambda n: [("gj04", str(k % 2), "*" if k % 2 == 0 else "", f'The "{k} sleeps.') for k in range(n)]
+    table(folder / "train.tsv", rows(20))
+    table(folder / "dev.tsv", rows(6))
+
+
+def rte(folder):
+    rows = lambda n: [(str(k), f"Premise {k}, \"open.", f"Claim {k}", ("entailment", "not_entailment")[k % 2]) for k in range(n)]
+    table(folder / "train.tsv", rows(20), data.GLUE["rte"][0])
+    table(folder / "dev.tsv", rows(6), data.GLUE["rte"][0])
+
+
+def imdb(folder, n=20):
+    for split in ("train", "test"):
+        for kind, rating in (("pos", 9), ("neg", 2), ("unsup", 0)):
+            (folder / split / kind).mkdir(parents=True)
+            for k in range(n):
+                text = f"{kind} {k}<br /><br />a naïve film"
+                (folder / split / kind / f"{k}_{rating}.txt").write_text(text, encoding="utf-8")
+    (folder / "imdb.vocab").write_text("film\n")
+    (folder / "train" / "urls_pos.txt").write_text("http://example.org\n")
+
+
+def load(name, folder, **how):
+    return data.load_texts([name], str(folder), **how)[name]
+
+
+def counts(task):
+    return [len(task.labels[split]) for split in data.SPLITS]
+
+
+def same(a, b):
+    return all(torch.equal(a.images[s], b.images[s]) and torch.equal(a.labels[s], b.labels[s]) for s in data.SPLITS)
+
+
+@pytest.mark.parametrize("place", ["glue/MRPC", "MRPC", "glue_data/MRPC", "glue/mrpc", "."])
+def test_mrpc(tmp_path, capsys, place):
+    mrpc(tmp_path / place)
+    task = load("mrpc", tmp_path)
+    assert counts(task) == [22, 2, 6] and task.metric == "accuracy/F1"      # a tenth of 24 is val
+    known = {f"{a}\n{b}": int(label) for label, _, _, a, b in MRPC}
+    seen = {split: texts_of(task, split) for split in data.SPLITS}
+    assert all(known[text] == y for split in data.SPLITS for text, y in zip(seen[split], task.labels[split].tolist()))
+    assert set(seen["test"]) == {f"{a}\n{b}" for _, _, _, a, b in MRPC[::5]} and len(set(sum(seen.values(), []))) == 30
+    assert "22 train texts where the whole set has 3,301" in capsys.readouterr().out
+
+
+def test_both_forms_of_mrpc_are_one_task(tmp_path):
+    mrpc(tmp_path / "a" / "MRPC")
+    mrpc(tmp_path / "b" / "MRPC", raw=True)
+    mrpc(tmp_path / "c" / "MRPC", raw=True)
+    (tmp_path / "c/MRPC/dev_ids.tsv").rename(tmp_path / "c/MRPC/mrpc_dev_ids.tsv")
+    a, b, c = (load("mrpc", tmp_path / x) for x in "abc")
+    assert same(a, b) and same(a, c)
+
+
+def test_cola(tmp_path):
+    cola(tmp_path / "glue/CoLA")
+    task = load("cola", tmp_path)
+    assert counts(task) == [18, 2, 6] and task.metric == "Matthews" and task.class_names == ["unacceptable", "acceptable"]
+    for text, y in zip(texts_of(task, "train"), task.labels["train"].tolist()):
+        assert text == f'The "{text.split()[1][1:]} sleeps.' and int(text.split()[1][1:]) % 2 == y
+
+
+def test_rte(tmp_path):
+    rte(tmp_path / "glue/RTE")
+    task = load("rte", tmp_path)
+    assert counts(task) == [18, 2, 6] and task.class_names[0] == "entailment" and task.metric == "accuracy"
+    for text, y in zip(texts_of(task, "test"), task.labels["test"].tolist()):
+        assert text == f"Premise {text[-1]}, \"open.\nClaim {text[-1]}" and int(text[-1]) % 2 == y
+
+
+def test_imdb(tmp_path):
+    imdb(tmp_path / "aclImdb")
+    task = load("imdb", tmp_path)
+    assert counts(task) == [36, 4, 40] and task.class_names == ["negative", "positive"]
+    for split in data.SPLITS:
+        for text, y in zip(texts_of(task, split), task.labels[split].tolist()):
+            assert text.startswith(("neg", "pos")[y]) and text.endswith("\n\na naïve film")
+    for split in ("train", "test"):                         # the files are sorted by class, the task is not
+        assert set(task.labels[split][:12].tolist()) == {0, 1}
+    assert not set(texts_of(task, "train")) & set(texts_of(task, "val"))
+
+
+def test_limit_and_context(tmp_path, capsys):
+    imdb(tmp_path / "aclImdb")
+    task, whole = load("imdb", tmp_path, limit=3, context=10), load("imdb", tmp_path)
+    said = capsys.readouterr().out
+    assert counts(task) == [3, 3, 3] and task.images["train"].shape == (3, 10)
+    assert torch.equal(task.images["test"], whole.images["test"][:3, :10])
+    assert "9 of 9 texts are longer than 10 tokens" in said and said.count("imdb:") == 4     # the whole one: three counts
+
+
+def test_bpe_tokens(tmp_path):
+    imdb(tmp_path / "aclImdb", 3)
+    folder = gpt2_files(tmp_path / "gpt2", MERGES)
+    task, tokenizer = load("imdb", tmp_path, tokens=folder), data.Tokenizer(folder)
+    assert task.eos == tokenizer.eos == 266
+    for row, length in zip(task.images["test"], task.lengths["test"]):
+        assert tokenizer.decode(row[:length]).endswith("a naïve film") and (row[length:] == 266).all()
+
+
+def test_drawn_texts(tmp_path, monkeypatch, capsys):
+    draw = lambda split: [(f"{split} {k}", "b" if k else None, k % 2) for k in range(5)]
+    monkeypatch.setitem(data.GRAMMAR, "agree", (["no", "yes"], "Matthews", draw))
+    task = load("agree", tmp_path / "nothing", limit=4)
+    assert counts(task) == [4, 4, 4] and texts_of(task, "val")[:2] == ["val 0", "val 1\nb"] and task.metric == "Matthews"
+    refuses(capsys, lambda: load("sst2", tmp_path), "no text task 'sst2'", "agree, mrpc, cola, rte, imdb")
+
+
+def line(path, number, text):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = text
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_bad_glue(tmp_path, capsys):
+    def bad(name, *words):
+        refuses(capsys, lambda: load(name, tmp_path), *words)
+
+    for name in ("mrpc", "cola", "rte"):
+        bad(name, f"{name}: there is no train.tsv", "in", "unpacked" if name != "mrpc" else "dev_ids.tsv")
+    rte(tmp_path / "RTE")
+    path = tmp_path / "RTE" / "train.tsv"
+    line(path, 4, "2\tno claim\tentailment")
+    bad("rte", f"{path}, line 4: 3 columns", "rte has 4")
+    line(path, 4, "2\ta\tb\tneutral")
+    bad("rte", f"{path}, line 4: the label 'neutral' is none of entailment, not_entailment")
+    line(path, 4, "2\ta\t \tentailment")
+    bad("rte", f"{path}, line 4: an empty sentence")
+    line(path, 1, "0\ta\tb\tentailment")
+    bad("rte", f"{path}, line 1", "index, sentence1, sentence2, label")
+    path.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\t\xff\tb\tentailment\n")
+    bad("rte", "cannot read", str(path))
+    rte(tmp_path / "RTE")
+    (tmp_path / "RTE" / "dev.tsv").unlink()
+    bad("rte", "cannot read", "dev.tsv")
+    table(tmp_path / "RTE" / "dev.tsv", [], data.GLUE["rte"][0])
+    bad("rte", "20 training and 0 test texts")
+    cola(tmp_path / "CoLA")
+    line(tmp_path / "CoLA/dev.tsv", 1, "sentence\tlabel\tmark\ttext")
+    bad("cola", f"{tmp_path / 'CoLA/dev.tsv'}, line 1: the label 'label' is none of 0, 1")
+    mrpc(tmp_path / "MRPC", raw=True)
+    (tmp_path / "MRPC/dev_ids.tsv").unlink()
+    bad("mrpc", "lacks dev_ids.tsv (or mrpc_dev_ids.tsv)")
+    table(tmp_path / "MRPC/dev_ids.tsv", [("7", "8")])
+    bad("mrpc", "30 training and 0 test texts")
+
+
+def test_bad_imdb(tmp_path, capsys):
+    bad = lambda *words: refuses(capsys, lambda: load("imdb", tmp_path), *words)
+    bad("imdb: there is no train/pos", "aclImdb_v1.tar.gz")
+    imdb(tmp_path / "aclImdb", 3)
+    path = tmp_path / "aclImdb/test/neg/1_2.txt"
+    path.write_text(" <br />\n")
+    bad(f"{path}: an empty review")
+    path.write_bytes(b"\xff")
+    bad(f"cannot read {path}")
+    shutil.rmtree(path.parent)
+    bad(f"no reviews (.txt) in {path.parent}")
+
+
+# The cache, and --check
+
+
+def test_tokens_are_kept(tmp_path, monkeypatch, capsys):
+    cola(tmp_path / "CoLA")
+    calls, encode = [], data.Tokenizer.encode
+    monkeypatch.setattr(data.Tokenizer, "encode", lambda self, text: calls.append(text) or encode(self, text))
+    calls_of = lambda **how: (calls.clear(), load("cola", tmp_path, **how), len(calls))[1:]
+    first, count = calls_of()
+    again, none = calls_of(context=1000)                    # whole texts are kept: another context is a matter of cutting
+    assert (count, none) == (26, 0) and same(first, again)
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    assert calls_of(limit=2)[1] == 6 and calls_of(tokens=gpt2_files(tmp_path / "gpt2", MERGES))[1] == 26
+    assert calls_of(tokens=gpt2_files(tmp_path / "gpt2", MERGES[::-1]))[1] == 26        # other merges, other tokens
+    path = tmp_path / "CoLA/dev.tsv"
+    line(path, 3, "gj04\t1\t\tAnother sentence.")
+    changed, count = calls_of()
+    assert count == 26 and "Another sentence." in texts_of(changed, "test")
+    for kept in (tmp_path / "tokens").iterdir():
+        kept.write_bytes(kept.read_bytes()[:100])           # damaged
+    again, count = calls_of()
+    assert count == 26 and same(changed, again)
+    assert calls_of()[1] == 0
+    os.utime(path, (1, 1))
+    assert calls_of()[1] == 26
+
+
+def test_tokens_cannot_be_kept(tmp_path, capsys):
+    cola(tmp_path / "CoLA")
+    (tmp_path / "tokens").write_text("a file where the folder should be")
+    assert counts(load("cola", tmp_path)) == [18, 2, 6] and "tokens are not kept" in capsys.readouterr().out
+
+
+def test_check(tmp_path, monkeypatch, capsys):
+    rte(tmp_path / "RTE")
+    check = lambda: data.main(["--check", "rte", "--data-dir", str(tmp_path), "--tokens", gpt2_files(tmp_path / "gpt2", MERGES)])
+    refuses(capsys, check, "rte is not whole: 18 train texts where the whole set has 2,241; 2 val texts where the whole set has 249; "
+            "6 test texts where the whole set has 277")
+    monkeypatch.setitem(data.TEXTS, "rte", data.TEXTS["rte"]._replace(official=(20, 6)))
+    check()
+    said = capsys.readouterr().out
+    assert "2 classes (entailment, not entailment), scored by accuracy; official: 20 / 6 (train / test); val is 10% of train" in said
+    assert "  test: 6 texts, 50.0% of them entailment; the longest has 25 tokens" in said
+    assert "the first training text" in said and "\\nClaim" in said and "rte is whole" in said
+
+
+def test_official_counts():
+    ours = dict(mrpc=(3301, 367, 408), cola=(7696, 855, 1043), rte=(2241, 249, 277), imdb=(22500, 2500, 25000))
+    for name, (train, val, test) in ours.items():
+        official = data.TEXTS[name].official
+        assert (official, round(data.VAL_SHARE * official[0])) == ((train + val, test), val)
+    assert not {*data.TEXTS, *data.GRAMMAR} & {*data.REAL, *data.SPECS}
+
+
+def test_order_and_padding_helpers():
+    """Ids of three texts in a row, cut to 2: from_tokens by hand."""
+    tokens = {"train": (np.array([5, 6, 7, 8, 9, 4], np.uint16), np.array([3, 1, 2]), np.array([0, 1, 0]))}
+    task = data.from_tokens("hand", ["a", "b"], "accuracy", tokens, 256, 2)
+    assert task.images["train"].tolist() == [[5, 6], [8, 256], [9, 4]] and task.lengths["train"].tolist() == [2, 1, 2]
