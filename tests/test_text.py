@@ -109,6 +109,11 @@ def test_merges_by_hand(tiny):
     assert tiny.encode("low") == [257] and tiny.encode("!") == [0] and tiny.encode(" ") == [220]
 
 
+def test_a_merge_is_made_everywhere_before_the_next(tmp_path):
+    tokenizer = data.Tokenizer(gpt2_files(tmp_path, ["aa a", "a a"]))
+    assert pieces(tokenizer, "aaaa") == ["aa", "aa"]        # aa a a would go on to aaa a, as "aa a" has the lower rank
+
+
 def test_other_names_of_the_files(tmp_path, tiny):
     other = data.Tokenizer(gpt2_files(tmp_path / "openai", MERGES, ("encoder.json", "vocab.bpe")))
     assert other.encode("lower é") == tiny.encode("lower é") and other.key == tiny.key
@@ -240,7 +245,7 @@ def test_empty_text_in_a_task(capsys):
 
 # GLUE and IMDB
 
-MRPC = [("1", f"{k}1", f"{k}2", f'He said "{k}.', f"It's {k} ' said \"\" he") if k % 3 else
+MRPC = [("1", f"{k}1", f"{k}2", f'"He said {k}.', f"It's {k} ' said \"\" he") if k % 3 else
         ("0", f"{k}1", f"{k}2", f"Ünlike {k}", f"other {k}") for k in range(30)]
 
 
@@ -269,7 +274,7 @@ def cola(folder):
 
 
 def rte(folder):
-    rows = lambda n: [(str(k), f"Premise {k}, \"open.", f"Claim {k}", ("entailment", "not_entailment")[k % 2]) for k in range(n)]
+    rows = lambda n: [(str(k), f"\"Premise {k}, open.", f"Claim {k}", ("entailment", "not_entailment")[k % 2]) for k in range(n)]
     table(folder / "train.tsv", rows(20), data.GLUE["rte"][0])
     table(folder / "dev.tsv", rows(6), data.GLUE["rte"][0])
 
@@ -331,7 +336,7 @@ def test_rte(tmp_path):
     task = load("rte", tmp_path)
     assert counts(task) == [18, 2, 6] and task.class_names[0] == "entailment" and task.metric == "accuracy"
     for text, y in zip(texts_of(task, "test"), task.labels["test"].tolist()):
-        assert text == f"Premise {text[-1]}, \"open.\nClaim {text[-1]}" and int(text[-1]) % 2 == y
+        assert text == f"\"Premise {text[-1]}, open.\nClaim {text[-1]}" and int(text[-1]) % 2 == y
 
 
 def test_imdb(tmp_path):
