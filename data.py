@@ -32,23 +32,27 @@ as 32 x 32, drawn finer. What a class looks like does not depend on the seed.
 
     python data.py                  draw everything, write results/contact_sheet.png
     python data.py --difficulty     how hard each task is: chance, a linear model on pixels, a small ViT
-    python data.py --check NAME --data-dir DIR      what was found of a real dataset (names: see REAL), what is missing
+    python data.py --check NAME --data-dir DIR      what was found of a real dataset (see REAL, TEXTS), what is missing
 """
 import collections
 import contextlib
 import copy
 import csv
 import functools
+import glob
 import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import time
+import unicodedata
+import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -881,7 +885,7 @@ class Task:
     def to(self, device):
         """The same task with its tensors on a device."""
         move = lambda tensors: {split: t.to(device) for split, t in tensors.items()}
-        return Task(self.name, self.class_names, self.mean, self.std, move(self.images), move(self.labels))
+        return replace(self, images=move(self.images), labels=move(self.labels))
 
     def normalise(self, images):
         """float32 (x / 255 - mean) / std of uint8 images."""
@@ -937,8 +941,7 @@ class Task:
 
     def only(self, rows):
         """The task with these training images, and no other split."""
-        return Task(self.name, self.class_names, self.mean, self.std, {"train": self.images["train"][rows]},
-                    {"train": self.labels["train"][rows]})
+        return replace(self, images={"train": self.images["train"][rows]}, labels={"train": self.labels["train"][rows]})
 
     def examples(self, split, limit=None):
         """The first `limit` images of a split in their fixed order (all by default): x normalised, y."""
@@ -1170,7 +1173,7 @@ def locate(name, data_dir, marks, *places):
         if os.path.exists(os.path.join(data_dir, place, mark)):
             return os.path.normpath(os.path.join(data_dir, place))
     where = data_dir + (f" or its folders {', '.join(places)}" if places else "")
-    fail(f"{name}: there is no {' or '.join(marks)} in {where}; needed: {REAL[name].get}")
+    fail(f"{name}: there is no {' or '.join(marks)} in {where}; needed: {(REAL | TEXTS)[name].get}")
 
 
 def resolve(files, *spellings):
@@ -1418,11 +1421,11 @@ def find(name, data_dir):
     return found._replace(files=files, missing=missing, official=found.official or REAL[name].official)
 
 
-def differences(found):
+def differences(found, what="images"):
     """Sentences on what is not as the whole dataset has it."""
     counts = {split: len(f) for split, f in found.files.items()}
     counts |= {"classes": len(found.class_names), "all": sum(counts.values())}
-    return [f"{counts.get(key, 0):,} {key if key == 'classes' else key + ' images'} where the whole set has {count:,}"
+    return [f"{counts.get(key, 0):,} {key if key == 'classes' else f'{key} {what}'} where the whole set has {count:,}"
             for key, count in found.official.items() if counts.get(key, 0) != count]
 
 
@@ -1740,6 +1743,307 @@ def load(name, data_dir="data", image_size=32, seed=0, workers=2, memory=MEMORY)
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Text: GPT-2's tokens, tasks of texts, GLUE's MRPC, CoLA and RTE, and IMDB
+# ---------------------------------------------------------------------------------------------------------------
+END = "<|endoftext|>"               # GPT-2's only special token, always the last id; it also pads, for want of another
+VAL_SHARE = 0.1                     # of the training texts: neither GLUE nor IMDB has a split for choosing
+TEXT_VERSION = 1                    # part of the cache's key: raise it when a reader gives other texts
+GRAMMAR = {}                        # drawn tasks: name -> (class names, metric, split -> [(text, second text or None, label)])
+PARTS = ("ids", "lengths", "labels")
+
+
+def byte_symbols():
+    """{byte: the character that stands for it in GPT-2's files}: itself where it shows, else U+0100 and on; in the order of ids."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {b: chr(b) for b in shown} | {b: chr(256 + k) for k, b in enumerate(sorted({*range(256)}.difference(shown)))}
+
+
+@functools.cache
+def pretokens():
+    r"""GPT-2's 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ for re, which has no \p; built in < 1 s."""
+    ranges = {"L": "", "N": ""}                             # letters, numbers
+    for kind, points in itertools.groupby(range(0x110000), lambda point: unicodedata.category(chr(point))[0]):
+        if kind in ranges:
+            points = [*points]
+            ranges[kind] += f"\\U{points[0]:08x}-\\U{points[-1]:08x}"
+    l, n, s = *ranges.values(), r"\t-\r\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"     # re's \s has \x1c-\x1f too
+    return re.compile(f"'s|'t|'re|'ve|'m|'ll|'d| ?[{l}]+| ?[{n}]+| ?[^{s}{l}{n}]+|[{s}]+(?![^{s}])|[{s}]+")
+
+
+class Tokenizer:
+    """GPT-2's byte-level BPE from its two files in `folder`; without a folder bytes, ids 0 to 255. The last id, eos, is END.
+
+    A text that spells END out is encoded as ordinary characters: no text holds the id eos.
+    """
+
+    def __init__(self, folder=None):
+        self.bytes, self.key = [bytes([k]) for k in range(256)] + [END.encode()], "bytes"
+        if folder is not None:
+            self.read(folder)
+        self.size = len(self.bytes)
+        self.eos = self.size - 1
+        self.word = functools.lru_cache(2 ** 17)(self.merge)        # nearly all words of a review have come before
+
+    def read(self, folder):
+        needed = "; needed: vocab.json and merges.txt of openai's gpt2 on Hugging Face"
+        paths, content = [], []
+        for names in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+            paths.append(next(filter(os.path.exists, (os.path.join(folder, name) for name in names)), None) or
+                         fail(f"there is no {' or '.join(names)} in {folder}{needed}"))
+            try:
+                with open(paths[-1], encoding="utf-8") as file:
+                    content.append(file.read().split("\n") if content else dict(json.load(file)))
+            except (OSError, ValueError, TypeError) as error:
+                fail(f"cannot read {paths[-1]} ({error}){needed}")
+        vocab, lines = content
+        merges = [(*line.split(" "),) for line in lines[lines[0].startswith("#version"):] if line]      # "# #" is a merge
+        byte = {symbol: b for b, symbol in byte_symbols().items()}
+        if odd := next((pair for pair in merges if len(pair) != 2 or not all(pair) or not byte.keys() >= {*"".join(pair)}), None):
+            fail(f"{paths[1]} has a line that is not two tokens, {' '.join(odd)!r}{needed}")
+        tokens = dict.fromkeys((*byte, *map("".join, merges), END))
+        absent = next((token for token in tokens if token not in vocab), None)
+        if absent is not None:
+            fail(f"{paths[0]} has no token {absent!r}, which {paths[1]} and the 256 bytes call for{needed}")
+        if len(vocab) != len(tokens):
+            fail(f"{paths[0]} has {len(vocab):,} tokens, not 256 bytes, {len(tokens) - 257:,} merges of {paths[1]} and {END}{needed}")
+        if sorted(map(repr, vocab.values())) != sorted(map(repr, range(len(vocab)))) or vocab[END] != len(vocab) - 1:
+            fail(f"{paths[0]}: the ids are not the numbers from 0 with {END} last{needed}")
+        self.symbols, self.rank, self.ids = byte_symbols(), {pair: k for k, pair in enumerate(merges)}, vocab
+        self.bytes = [bytes(map(byte.get, token)) for token in sorted(vocab, key=vocab.get)[:-1]] + [END.encode()]
+        self.key = hashed((sorted(vocab.items()), merges)).hex()
+
+    def merge(self, word):
+        """The ids of one pretoken: from single bytes on, the adjacent pair of lowest rank is merged wherever it occurs."""
+        parts, rank = [self.symbols[b] for b in word.encode()], lambda pair: self.rank.get(pair, math.inf)
+        while len(parts) > 1 and (pair := min(zip(parts, parts[1:]), key=rank)) in self.rank:
+            merged, k = [], 0
+            while k < len(parts):                           # from left to right: a a a is aa a
+                two = (*parts[k:k + 2],) == pair
+                merged.append("".join(parts[k:k + 1 + two]))
+                k += 1 + two
+            parts = merged
+        return [self.ids[part] for part in parts]
+
+    def encode(self, text):
+        if self.key == "bytes":
+            return list(text.encode())
+        return [token for word in pretokens().findall(text) for token in self.word(word)]
+
+    def decode(self, ids):
+        return b"".join(self.bytes[int(k)] for k in ids).decode(errors="replace")
+
+
+@dataclass
+class TextTask(Task):
+    """Texts as token ids: images {split: int32 [N, T]}, padded at the right with eos; mean and std are ().
+
+    metric: "accuracy", "accuracy/F1" or "Matthews". lengths {split: int64 [N]}, in tokens, stay on the CPU.
+    """
+    metric: str = "accuracy"
+    eos: int = 256
+
+    def __post_init__(self):
+        self.lengths = {split: (ids != self.eos).sum(1).cpu() for split, ids in self.images.items()}
+
+    def normalise(self, images):
+        return images.long()
+
+    def batch(self, split, step, batch_size, seed=0, augment=False, rank=0, world=1):
+        """As Task.batch: ids int64 [b, t], where t is the longest of these b texts, and y int64 [b]. Nothing is augmented."""
+        rows = rows_of(len(self.lengths[split]), step, batch_size, seed, rank, world)
+        longest = int(self.lengths[split][rows].max())      # the host knows it, and need not wait for a GPU
+        rows = to_device(rows, self.labels[split].device)
+        return self.normalise(self.images[split][rows, :longest]), self.labels[split][rows]
+
+    def examples(self, split, limit=None):
+        """The first `limit` texts of a split in their fixed order (all by default): ids int64 [n, the longest of them], y."""
+        longest = int(self.lengths[split][:limit].max())
+        return self.normalise(self.images[split][:limit, :longest]), self.labels[split][:limit]
+
+
+def tokenised(name, splits, tokenizer):
+    """{split: (ids of all texts in a row, lengths [N], labels [N])} of {split: [(text, second text or None, label)]}."""
+    kind, tokens = np.min_scalar_type(tokenizer.size), {}
+    for split, rows in splits.items():
+        parts = []
+        for text, second, _ in tqdm(rows, f"{name}: {split}", leave=False, disable=None if len(rows) > 5000 else True):
+            if not text or second == "":
+                fail(f"{name}: text {len(parts)} of {split} is empty")
+            parts.append(np.array(tokenizer.encode(text if second is None else f"{text}\n{second}"), kind))
+        tokens[split] = np.concatenate(parts), np.array([len(p) for p in parts]), np.array([label for *_, label in rows])
+    return tokens
+
+
+def from_tokens(name, class_names, metric, tokens, eos, context):
+    """The TextTask of what `tokenised` gives: texts are cut to `context` tokens and padded to the longest that is left."""
+    every, images = np.concatenate([lengths for _, lengths, _ in tokens.values()]), {}
+    if cut := int((every > context).sum()):
+        print(f"{name}: {cut:,} of {len(every):,} texts are longer than {context:,} tokens and keep their first {context:,}")
+    for split, (ids, lengths, _) in tokens.items():
+        width = min(context, int(every.max()))
+        place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)        # of each token in its text
+        rows = np.full((len(lengths), width), eos, np.int32)
+        rows[np.arange(width) < lengths[:, None]] = ids[place < width]
+        images[split] = torch.from_numpy(rows)
+    labels = {split: torch.from_numpy(labels) for split, (*_, labels) in tokens.items()}
+    return TextTask(name, list(class_names), (), (), images, labels, metric, eos)
+
+
+def text_task(name, class_names, metric, splits, tokenizer, context):
+    """The TextTask of {split: [(text, second text or None, label)]}; a newline joins the two texts of a pair."""
+    return from_tokens(name, class_names, metric, tokenised(name, splits, tokenizer), tokenizer.eos, context)
+
+
+GLUE = {                            # first line of a table, columns of label and sentences, label words in the order of classes
+    "mrpc": (["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], 0, (3, 4), ("0", "1")),
+    "cola": (None, 1, (3,), ("0", "1")),
+    "rte": (["index", "sentence1", "sentence2", "label"], 3, (1, 2), ("entailment", "not_entailment")),
+}
+
+
+def read_tsv(name, path):
+    """[(columns, (sentence, second sentence or None, label))] of one of GLUE's tables, in which a quote is only a quote."""
+    header, label_at, texts_at, words = GLUE[name]
+    width = max(label_at, *texts_at) + 1
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            lines = [(f"{path}, line {reader.line_num}", columns) for columns in reader if columns]
+    except (OSError, ValueError, csv.Error) as error:
+        fail(f"{name}: cannot read {path} ({error}); needed: {TEXTS[name].get}")
+    if header and (not lines or lines.pop(0)[1] != header):
+        fail(f"{path}, line 1: should name the columns of {name}: {', '.join(header)}, separated by tabs")
+    for where, columns in lines:
+        if len(columns) != width:
+            fail(f"{where}: {len(columns)} columns separated by tabs, where {name} has {width}")
+        if columns[label_at] not in words:
+            fail(f"{where}: the label {columns[label_at]!r} is none of {', '.join(words)}")
+        if not all(columns[k].strip() for k in texts_at):
+            fail(f"{where}: an empty sentence")
+    return [(c, (*([c[k].strip() for k in texts_at] + [None])[:2], words.index(c[label_at]))) for _, c in lines]
+
+
+def read_glue(name, base):
+    """GLUE's test has no labels, so "test" is its dev. MRPC also comes as Microsoft's own two tables: dev are then the pairs
+    that dev_ids lists, and the second table (GLUE's test, here with labels) is left alone, so that both forms give one task."""
+    path = lambda file: os.path.join(base, file)
+    if name != "mrpc" or os.path.exists(path("train.tsv")):
+        return {split: [row for _, row in read_tsv(name, path(file))] for split, file in (("train", "train.tsv"), ("test", "dev.tsv"))}
+    listed = next(filter(os.path.exists, map(path, ("dev_ids.tsv", "mrpc_dev_ids.tsv"))), None) or fail(
+        f"mrpc: {base} lacks dev_ids.tsv (or mrpc_dev_ids.tsv), which says which pairs of msr_paraphrase_train.txt are GLUE's dev")
+    with open(listed, encoding="utf-8-sig") as file:
+        dev = {(*line.split(),) for line in file}
+    rows = read_tsv(name, path("msr_paraphrase_train.txt"))
+    return {split: [row for c, row in rows if ((c[1], c[2]) in dev) == (split == "test")] for split in ("train", "test")}
+
+
+def read_imdb(name, base):
+    """A review per file, in folders neg and pos; train/unsup has no labels."""
+    parts = {"train": [], "test": []}
+    for split, (label, kind) in itertools.product(parts, enumerate(("neg", "pos"))):
+        paths = sorted(glob.glob(os.path.join(glob.escape(base), split, kind, "*.txt")))
+        for path in paths or fail(f"{name}: no reviews (.txt) in {os.path.join(base, split, kind)}; needed: {TEXTS[name].get}"):
+            try:
+                with open(path, encoding="utf-8") as file:
+                    text = file.read().replace("<br />", "\n").strip()
+            except (OSError, ValueError) as error:
+                fail(f"{name}: cannot read {path} ({error})")
+            parts[split].append((text or fail(f"{path}: an empty review"), None, label))
+    return parts
+
+
+Texts = namedtuple("Texts", "read marks places class_names metric official get")        # official: train, test of the whole set
+
+
+def glue_places(folder):
+    return [top + f for top in ("glue/", "GLUE/", "glue_data/", "") for f in (folder, folder.lower())]
+
+
+TEXTS = {
+    "mrpc": Texts(read_glue, ["train.tsv", "msr_paraphrase_train.txt"], glue_places("MRPC"), ["not a paraphrase", "paraphrase"],
+                  "accuracy/F1", (3668, 408), "MRPC/ with train.tsv and dev.tsv, or with msr_paraphrase_train.txt and dev_ids.tsv"),
+    "cola": Texts(read_glue, ["train.tsv"], glue_places("CoLA"), ["unacceptable", "acceptable"], "Matthews", (8551, 1043),
+                  "CoLA.zip, unpacked"),
+    "rte": Texts(read_glue, ["train.tsv"], glue_places("RTE"), ["entailment", "not entailment"], "accuracy", (2490, 277),
+                 "RTE.zip, unpacked"),
+    "imdb": Texts(read_imdb, ["train/pos"], ["aclImdb", "imdb/aclImdb", "imdb", "IMDB"], ["negative", "positive"], "accuracy",
+                  (25000, 25000), "aclImdb_v1.tar.gz, unpacked"),
+}
+
+
+def read_texts(name, data_dir, tokenizer, limit=None):
+    """What `tokenised` gives of a real dataset, kept in data_dir/tokens until its files change, and what the whole set has else.
+
+    Texts go in the order of their hashes, for files may be sorted by class: any first n are a fair sample. The first
+    tenth of the training texts is val.
+    """
+    about = TEXTS[name]
+    base = locate(name, data_dir, about.marks, *about.places)
+    files = [f for pattern in ("*.tsv", "*.txt", "t*/[np]*/*.txt") for f in glob.glob(os.path.join(glob.escape(base), pattern))]
+    stamp = sorted((os.path.relpath(f, base), s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)])
+    path = os.path.join(data_dir, "tokens", f"{name}-{hashed((TEXT_VERSION, tokenizer.key, limit, stamp)).hex()[:16]}.npz")
+    try:
+        with np.load(path) as kept:
+            tokens = {split: tuple(kept[f"{split}-{part}"] for part in PARTS) for split in SPLITS}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):               # nothing there, or damaged
+        mixed = lambda rows: sorted(rows, key=lambda row: hashed(f"{name}\n{row[0]}\n{row[1]}"))
+        parts = {split: mixed(rows) for split, rows in about.read(name, base).items()}
+        train, test, val = parts["train"], parts["test"], max(1, round(VAL_SHARE * len(parts["train"])))
+        if len(train) < 2 or not test:
+            fail(f"{name}: {len(train)} training and {len(test)} test texts in {base}; it takes 2 and 1; needed: {about.get}")
+        tokens = tokenised(name, {"train": train[val:][:limit], "val": train[:val][:limit], "test": test[:limit]}, tokenizer)
+
+        def write(path):
+            with open(path, "wb") as file:
+                np.savez(file, **{f"{split}-{part}": t for split in SPLITS for part, t in zip(PARTS, tokens[split])})
+        try:
+            write_atomically(path, write)
+        except OSError as error:
+            print(f"{name}: the tokens are not kept ({error})")
+    val = round(VAL_SHARE * about.official[0])
+    official = dict(train=about.official[0] - val, val=val, test=about.official[1]) if limit is None else {}
+    return tokens, differences(Found(about.class_names, {s: tokens[s][2] for s in SPLITS}, official), "texts")
+
+
+def load_texts(names, data_dir="data", context=1024, tokens="", limit=None):
+    """{name: TextTask} of drawn tasks (GRAMMAR) and real ones (TEXTS, in data_dir), of at most `limit` texts per split.
+
+    tokens: a folder with GPT-2's vocab.json and merges.txt; "": a token is a byte. Texts keep their first `context` tokens.
+    """
+    for name in names:
+        if name not in GRAMMAR and name not in TEXTS:
+            fail(f"no text task {name!r}; there are {', '.join([*GRAMMAR, *TEXTS])}")
+    tokenizer, tasks = Tokenizer(tokens or None), {}
+    for name in names:
+        if name in GRAMMAR:
+            class_names, metric, draw = GRAMMAR[name]
+            tasks[name] = text_task(name, class_names, metric, {s: draw(s)[:limit] for s in SPLITS}, tokenizer, context)
+        else:
+            read, trouble = read_texts(name, data_dir, tokenizer, limit)
+            for sentence in trouble:
+                print(f"{name}: {sentence}")
+            tasks[name] = from_tokens(name, TEXTS[name].class_names, TEXTS[name].metric, read, tokenizer.eos, context)
+    return tasks
+
+
+def check_texts(name, data_dir, tokens):
+    """As `check`, for texts."""
+    tokenizer, names = Tokenizer(tokens or None), TEXTS[name].class_names
+    read, trouble = read_texts(name, data_dir, tokenizer)
+    print(f"{name}: {len(names)} classes ({', '.join(names)}), scored by {TEXTS[name].metric}; "
+          f"official: {' / '.join(f'{n:,}' for n in TEXTS[name].official)} (train / test); val is {VAL_SHARE:.0%} of train")
+    for split, (_, lengths, labels) in read.items():
+        count = np.bincount(labels)
+        print(f"  {split}: {len(labels):,} texts, {count.max() / len(labels):.1%} of them {names[count.argmax()]}; "
+              f"the longest has {lengths.max():,} tokens")
+    ids, lengths, labels = read["train"]
+    print(f"  the first training text, {names[labels[0]]}: {tokenizer.decode(ids[:lengths[0]])[:200]!r}")
+    if trouble:
+        fail(f"{name} is not whole: {'; '.join(trouble)}")
+    print(f"{name} is whole: its counts are the official ones")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Command line: contact sheet and table of difficulty
 # ---------------------------------------------------------------------------------------------------------------
 def contact_sheet(tasks, path, columns=20, zoom=2):
@@ -1793,6 +2097,7 @@ def main(argv=None):
     parser = Parser(description="Draw the mini visual decathlon and show it.")
     parser.add_argument("--output", help="where the contact sheet goes [results/contact_sheet.png; runs/ with --check]")
     parser.add_argument("--check", metavar="NAME", help="say what is there of a real dataset or a folder of images")
+    parser.add_argument("--tokens", default="", help="--check of texts: folder with GPT-2's vocab.json and merges.txt [bytes]")
     parser.add_argument("--data-dir", default="data", help="folder of the real datasets and of the cache (drawn/ inside it)")
     parser.add_argument("--image-size", type=positive, default=32, help="side of the drawn images in pixels")
     parser.add_argument("--seed", type=whole, default=0, help="seed of the drawn images")
@@ -1804,6 +2109,8 @@ def main(argv=None):
                                   "results/contact_sheet.png")
     if not args.output.endswith((".png", ".jpg")):
         fail(f"--output {args.output} must end in .png or .jpg")
+    if args.check in TEXTS:
+        return check_texts(args.check, args.data_dir, args.tokens)
     if args.check:
         return check(args.check, args.data_dir, args.image_size, args.workers, args.output)
     names = args.tasks.split(",") if args.tasks else [n for n in DRAWN if not (args.difficulty and SPECS[n].masks)]

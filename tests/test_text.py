@@ -1,0 +1,490 @@
+"""The text half of data.py: GPT-2's tokens against hand-worked merges, tasks of texts, GLUE and IMDB from tiny copies."""
+import json
+import os
+import random
+import shutil
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from test_common import refuses
+
+# Vectors of the released vocabulary, which is not part of the repository: GPT2_FILES=folder checks them.
+KNOWN = {
+    "Hello world": [15496, 995], "Hello, my dog is cute": [15496, 11, 616, 3290, 318, 13779],
+    " the quick brown fox": [262, 2068, 7586, 21831], "I've been to 3 cities.\n": [40, 1053, 587, 284, 513, 4736, 13, 198],
+    "naïve café 你好 😀": [2616, 38776, 40304, 220, 19526, 254, 25001, 121, 30325, 222],
+}
+WHITE = [*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]
+# Letters, numbers (², ½, Ⅳ and Ⅻ are numbers, not digits), marks, separators that are no white space, astral characters.
+ODD = "aZéßж字あ𝒳𐍈07٣²½Ⅳ𝟘.,!?-_'’\"()\u0301\u0308\u200b\u200d\ufeff\x1c\x1f\x00😀🇫    '''" + "".join(map(chr, WHITE))
+
+
+def random_text(rng, longest=30):
+    point = lambda: rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000), rng.randrange(128)])
+    pieces = [lambda: rng.choice(ODD), lambda: chr(point()), lambda: rng.choice(["'s", "'ll", "'re", "'LL", "don't", "  ", data.END])]
+    return "".join(rng.choice(pieces[:1] * 3 + pieces)() for _ in range(rng.randrange(longest)))
+
+
+def split_by_hand(text):
+    """GPT-2's pretokens, one character at a time."""
+    def kind(c):
+        return "white" if ord(c) in WHITE else {"L": "letter", "N": "number"}.get(unicodedata.category(c)[0], "other")
+
+    words, start = [], 0
+    while start < len(text):
+        end = next((start + len(c) for c in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d") if text.startswith(c, start)), start)
+        if end == start:
+            end = first = start + (text[start] == " " and start + 1 < len(text) and kind(text[start + 1]) != "white")
+            while end < len(text) and kind(text[end]) == kind(text[first]):
+                end += 1
+            if kind(text[first]) == "white" and end < len(text) and end - start > 1:
+                end -= 1                                    # the last blank goes to what follows
+        words.append(text[start:end])
+        start = end
+    return words
+
+
+def gpt2_files(folder, merges, names=("vocab.json", "merges.txt"), **changes):
+    """GPT-2's two files with these merges, as "a b"; `changes` of the vocabulary: token -> id or None."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [*data.byte_symbols().values(), *(m.replace(" ", "") for m in merges), data.END]
+    vocab = {t: k for t, k in ({t: k for k, t in enumerate(tokens)} | changes).items() if k is not None}
+    (folder / names[0]).write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / names[1]).write_text("#version: 0.2\n" + "".join(m + "\n" for m in merges), encoding="utf-8")
+    return str(folder)
+
+
+MERGES = ["l o", "lo w", "e r", "Ġ low", "a a", "aa a", "b c", "a b", "# #", "Ã ©"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return data.Tokenizer(gpt2_files(tmp_path / "tiny", MERGES))
+
+
+def pieces(tokenizer, text):
+    return [tokenizer.bytes[k].decode("utf-8", "replace") for k in tokenizer.encode(text)]
+
+
+# Tokens
+
+
+def test_pretokens_of_known_sentences():
+    split = data.pretokens().findall
+    assert split("I've been to 3 cities.\n") == ["I", "'ve", " been", " to", " 3", " cities", ".", "\n"]
+    assert split("naïve café 你好 😀") == ["naïve", " café", " 你好", " 😀"]
+    assert split("We'LL  go\n\n now... ½x") == ["We", "'", "LL", " ", " go", "\n\n", " now", "...", " ½", "x"]
+    assert split("a \x1c b\u200b") == ["a", " \x1c", " b", "\u200b"]       # Python's \s has \x1c, Unicode's White_Space has not
+
+
+def test_pretokens_by_hand():
+    rng = random.Random(0)
+    for text in [*KNOWN, "", " ", "'", "' s", *(random_text(rng) for _ in range(4000))]:
+        words = data.pretokens().findall(text)
+        assert words == split_by_hand(text) and "".join(words) == text, ascii(text)
+
+
+def test_byte_symbols():
+    symbols = data.byte_symbols()
+    assert [symbols[b] for b in (32, 10, 0, 173, 65, 255)] == ["Ġ", "Ċ", "Ā", "Ń", "A", "ÿ"]
+    order = list(symbols)                                   # GPT-2's ids
+    assert (order.index(32), order.index(10), order[0], order[187], order[255]) == (220, 198, 33, 255, 173)
+    assert len(set(symbols.values())) == 256
+
+
+def test_merges_by_hand(tiny):
+    assert (tiny.size, tiny.eos) == (267, 266)
+    assert pieces(tiny, "low") == ["low"]                   # l o w, lo w, low
+    assert pieces(tiny, "lower low slow") == ["low", "er", " low", " ", "s", "low"]
+    assert pieces(tiny, "abc") == ["a", "bc"]               # "b c" has the lower rank, though "a b" comes first in the text
+    assert pieces(tiny, "ab") == ["ab"]
+    assert pieces(tiny, "aaaa") == ["aa", "aa"]             # all places of a pair at once: not aa a a, aaa a
+    assert pieces(tiny, "aaaaa") == ["aa", "aaa"]           # aa aa a, then aa a from the left: aa aaa
+    assert pieces(tiny, "aaaab") == ["aa", "aa", "b"]       # "a a" comes before "a b"
+    assert pieces(tiny, "é##") == ["é", "##"]               # two bytes, one token; a line "# #" is no comment
+    assert tiny.encode("low") == [257] and tiny.encode("!") == [0] and tiny.encode(" ") == [220]
+
+
+def test_a_merge_is_made_everywhere_before_the_next(tmp_path):
+    tokenizer = data.Tokenizer(gpt2_files(tmp_path, ["aa a", "a a"]))
+    assert pieces(tokenizer, "aaaa") == ["aa", "aa"]        # aa a a would go on to aaa a, as "aa a" has the lower rank
+
+
+def test_other_names_of_the_files(tmp_path, tiny):
+    other = data.Tokenizer(gpt2_files(tmp_path / "openai", MERGES, ("encoder.json", "vocab.bpe")))
+    assert other.encode("lower é") == tiny.encode("lower é") and other.key == tiny.key
+
+
+@pytest.mark.skipif("GPT2_FILES" not in os.environ, reason="GPT2_FILES names no folder with GPT-2's vocab.json and merges.txt")
+def test_released_vocabulary():
+    tokenizer = data.Tokenizer(os.environ["GPT2_FILES"])
+    assert (tokenizer.size, tokenizer.eos) == (50257, 50256)
+    for text, ids in KNOWN.items():
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
+
+
+def test_round_trip(tiny):
+    rng = random.Random(1)
+    for tokenizer in (data.Tokenizer(), tiny):
+        for text in ["", data.END, *KNOWN, *(random_text(rng) for _ in range(500))]:
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text and tokenizer.eos not in ids and all(0 <= k < tokenizer.eos for k in ids)
+        assert tokenizer.decode([tokenizer.eos]) == data.END
+        assert tokenizer.decode(tokenizer.encode("é")[:1] + tokenizer.encode("x")) in ("\ufffdx", "éx")
+
+
+def test_bytes():
+    tokenizer = data.Tokenizer()
+    assert (tokenizer.size, tokenizer.eos) == (257, 256) and tokenizer.encode("aé") == [97, 195, 169]
+
+
+def test_bad_tokenizer_files(tmp_path, capsys):
+    def bad(*words, merges=MERGES, spoil=lambda folder: None, **changes):
+        gpt2_files(tmp_path / "bad", merges, **changes)
+        spoil(tmp_path / "bad")
+        refuses(capsys, lambda: data.Tokenizer(str(tmp_path / "bad")), *words, "gpt2 on Hugging Face")
+
+    bad("no vocab.json or encoder.json", spoil=lambda folder: (folder / "vocab.json").unlink())
+    bad("no merges.txt or vocab.bpe", spoil=lambda folder: (folder / "merges.txt").unlink())
+    bad("cannot read", "vocab.json", spoil=lambda folder: (folder / "vocab.json").write_text("{"))
+    bad("cannot read", "vocab.json", spoil=lambda folder: (folder / "vocab.json").write_text("[1, 2]"))
+    bad("cannot read", "merges.txt", spoil=lambda folder: (folder / "merges.txt").write_bytes(b"\xff\xfe"))
+    bad("268 tokens", "10 merges", extra=267)
+    bad("no token 'low'", low=None)
+    bad("no token '<|endoftext|>'", **{data.END: None})
+    bad("with <|endoftext|> last", **{data.END: 0, "!": 266})
+    bad("not the numbers from 0", low=700)
+    bad("not the numbers from 0", low="257")
+    bad("not two tokens, '你 好'", spoil=lambda folder: (folder / "merges.txt").write_text("你 好\n", encoding="utf-8"))
+    bad("not two tokens, 'l o w'", spoil=lambda folder: (folder / "merges.txt").write_text("l o w\n"))
+
+
+# Tasks and batches
+
+SPLITS = {"train": [("abc" * (k % 5 + 1), f"x{k}" if k % 2 else None, k % 3) for k in range(23)],
+          "val": [("one", None, 0), ("four", None, 2)], "test": [("a long sentence", None, 1)]}
+
+
+@pytest.fixture
+def task():
+    return data.text_task("toy", ["a", "b", "c"], "accuracy", SPLITS, data.Tokenizer(), 16)
+
+
+def text_of(row):
+    """What stands in a row of ids, after a look at its padding."""
+    length = int((row != 256).sum())
+    assert (row[length:] == 256).all()                      # eos only at the right
+    return bytes(row[:length].tolist()).decode()
+
+
+def texts_of(task, split):
+    return [text_of(row) for row in task.images[split]]
+
+
+def test_text_task(task):
+    joined = [text if pair is None else f"{text}\n{pair}" for text, pair, _ in SPLITS["train"]]
+    assert [text_of(row) for row in task.images["train"]] == [text[:16] for text in joined]
+    assert task.images["train"].dtype == torch.int32 and task.images["val"].shape == (2, 16) and task.num_classes == 3
+    assert task.labels["train"].tolist() == [label for *_, label in SPLITS["train"]] and task.labels["train"].dtype == torch.int64
+    assert task.lengths["val"].tolist() == [3, 4] and task.lengths["val"].dtype == torch.int64
+    assert (task.mean, task.std, task.metric, task.segmentation) == ((), (), "accuracy", False)
+
+
+def test_long_texts_are_counted(capsys):
+    data.text_task("toy", ["a", "b", "c"], "accuracy", SPLITS, data.Tokenizer(), 15)
+    cut = sum(len(text) + (1 + len(pair) if pair else 0) > 15 for text, pair, _ in SPLITS["train"])
+    assert capsys.readouterr().out == f"toy: {cut} of 26 texts are longer than 15 tokens and keep their first 15\n"
+    whole = data.text_task("toy", ["a", "b", "c"], "accuracy", SPLITS, data.Tokenizer(), 1024)
+    assert capsys.readouterr().out == "" and whole.images["test"].shape == (1, 19)      # the longest training text: 15 + 1 + 3
+
+
+def test_batch_is_a_function_of_its_arguments(task):
+    x, y = task.batch("train", 3, 8, seed=1)
+    task.batch("train", 0, 5)
+    again = task.batch("train", 3, 8, seed=1, augment=True)
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and x.dtype == y.dtype == torch.int64
+    assert not torch.equal(y, task.batch("train", 3, 8, seed=2)[1]) or not torch.equal(x, task.batch("train", 3, 8, seed=2)[0])
+    rows = data.rows_of(23, 3, 8, 1)
+    assert x.shape == (8, task.lengths["train"][rows].max()) and torch.equal(y, task.labels["train"][rows])
+    assert [text_of(row) for row in x] == [text_of(task.images["train"][row]) for row in rows]
+
+
+def test_batch_is_as_long_as_its_longest_text(task):
+    widths = {task.batch("train", step, 2)[0].shape[1] for step in range(20)}
+    assert len(widths) > 2 and max(widths) <= 16
+    for step in range(20):
+        x, _ = task.batch("train", step, 2)
+        assert (x[:, -1] != task.eos).any()
+
+
+def test_ranks_share_a_batch(task):
+    x, y = task.batch("train", 2, 9)
+    parts = [task.batch("train", 2, 9, rank=rank, world=3) for rank in range(3)]
+    for rank, (ids, labels) in enumerate(parts):
+        assert [text_of(row) for row in ids] == [text_of(row) for row in x[rank::3]] and torch.equal(labels, y[rank::3])
+
+
+def test_examples_only_to(task):
+    x, y = task.examples("train", 4)
+    assert x.shape == (4, task.lengths["train"][:4].max()) and x.dtype == torch.int64 and y.tolist() == [0, 1, 2, 0]
+    assert task.examples("val")[0].shape == (2, 4)
+    part = task.to("cpu").only(torch.tensor([4, 7]))
+    assert isinstance(part, data.TextTask) and part.eos == task.eos and list(part.images) == ["train"]
+    assert part.lengths["train"].tolist() == task.lengths["train"][[4, 7]].tolist() and part.metric == task.metric
+
+
+def test_empty_text_in_a_task(capsys):
+    for row in (("", None, 0), ("a", "", 0)):
+        refuses(capsys, lambda: data.text_task("toy", ["a"], "accuracy", {"train": [("a", None, 0), row]}, data.Tokenizer(), 9),
+                "toy: text 1 of train is empty")
+
+
+# GLUE and IMDB
+
+MRPC = [("1", f"{k}1", f"{k}2", f'"He said {k}.', f"It's {k} ' said \"\" he") if k % 3 else
+        ("0", f"{k}1", f"{k}2", f"Ünlike {k}", f"other {k}") for k in range(30)]
+
+
+def table(path, rows, header=None, bom=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(row) for row in ([header] if header else []) + rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig" if bom else "utf-8")
+
+
+def mrpc(folder, raw=False):
+    header, dev = data.GLUE["mrpc"][0], [row for k, row in enumerate(MRPC) if k % 5 == 0]
+    if raw:
+        table(folder / "msr_paraphrase_train.txt", MRPC, header, bom=True)
+        table(folder / "msr_paraphrase_test.txt", MRPC[:4], header, bom=True)
+        table(folder / "dev_ids.tsv", [row[1:3] for row in dev])
+    else:
+        table(folder / "train.tsv", [row for row in MRPC if row not in dev], header)
+        table(folder / "dev.tsv", dev, header)
+        table(folder / "test.tsv", [("0", *row[1:]) for row in MRPC[:4]], ["index", *header[1:]])
+
+
+def cola(folder):
+    rows = lambda n: [("gj04", str(k % 2), "*" if k % 2 == 0 else "", f'The "{k} sleeps.') for k in range(n)]
+    table(folder / "train.tsv", rows(20))
+    table(folder / "dev.tsv", rows(6))
+
+
+def rte(folder):
+    rows = lambda n: [(str(k), f"\"Premise {k}, open.", f"Claim {k}", ("entailment", "not_entailment")[k % 2]) for k in range(n)]
+    table(folder / "train.tsv", rows(20), data.GLUE["rte"][0])
+    table(folder / "dev.tsv", rows(6), data.GLUE["rte"][0])
+
+
+def imdb(folder, n=20):
+    for split in ("train", "test"):
+        for kind, rating in (("pos", 9), ("neg", 2), ("unsup", 0)):
+            (folder / split / kind).mkdir(parents=True)
+            for k in range(n):
+                text = f"{kind} {k}<br /><br />a naïve film"
+                (folder / split / kind / f"{k}_{rating}.txt").write_text(text, encoding="utf-8")
+    (folder / "imdb.vocab").write_text("film\n")
+    (folder / "train" / "urls_pos.txt").write_text("http://example.org\n")
+
+
+def load(name, folder, **how):
+    return data.load_texts([name], str(folder), **how)[name]
+
+
+def counts(task):
+    return [len(task.labels[split]) for split in data.SPLITS]
+
+
+def same(a, b):
+    return all(torch.equal(a.images[s], b.images[s]) and torch.equal(a.labels[s], b.labels[s]) for s in data.SPLITS)
+
+
+@pytest.mark.parametrize("place", ["glue/MRPC", "MRPC", "glue_data/MRPC", "glue/mrpc", "."])
+def test_mrpc(tmp_path, capsys, place):
+    mrpc(tmp_path / place)
+    task = load("mrpc", tmp_path)
+    assert counts(task) == [22, 2, 6] and task.metric == "accuracy/F1"      # a tenth of 24 is val
+    known = {f"{a}\n{b}": int(label) for label, _, _, a, b in MRPC}
+    seen = {split: texts_of(task, split) for split in data.SPLITS}
+    assert all(known[text] == y for split in data.SPLITS for text, y in zip(seen[split], task.labels[split].tolist()))
+    assert set(seen["test"]) == {f"{a}\n{b}" for _, _, _, a, b in MRPC[::5]} and len(set(sum(seen.values(), []))) == 30
+    assert "22 train texts where the whole set has 3,301" in capsys.readouterr().out
+
+
+def test_both_forms_of_mrpc_are_one_task(tmp_path):
+    mrpc(tmp_path / "a" / "MRPC")
+    mrpc(tmp_path / "b" / "MRPC", raw=True)
+    mrpc(tmp_path / "c" / "MRPC", raw=True)
+    (tmp_path / "c/MRPC/dev_ids.tsv").rename(tmp_path / "c/MRPC/mrpc_dev_ids.tsv")
+    a, b, c = (load("mrpc", tmp_path / x) for x in "abc")
+    assert same(a, b) and same(a, c)
+
+
+def test_cola(tmp_path):
+    cola(tmp_path / "glue/CoLA")
+    task = load("cola", tmp_path)
+    assert counts(task) == [18, 2, 6] and task.metric == "Matthews" and task.class_names == ["unacceptable", "acceptable"]
+    for text, y in zip(texts_of(task, "train"), task.labels["train"].tolist()):
+        assert text == f'The "{text.split()[1][1:]} sleeps.' and int(text.split()[1][1:]) % 2 == y
+
+
+def test_rte(tmp_path):
+    rte(tmp_path / "glue/RTE")
+    task = load("rte", tmp_path)
+    assert counts(task) == [18, 2, 6] and task.class_names[0] == "entailment" and task.metric == "accuracy"
+    for text, y in zip(texts_of(task, "test"), task.labels["test"].tolist()):
+        assert text == f"\"Premise {text[-1]}, open.\nClaim {text[-1]}" and int(text[-1]) % 2 == y
+
+
+def test_imdb(tmp_path):
+    imdb(tmp_path / "aclImdb")
+    task = load("imdb", tmp_path)
+    assert counts(task) == [36, 4, 40] and task.class_names == ["negative", "positive"]
+    for split in data.SPLITS:
+        for text, y in zip(texts_of(task, split), task.labels[split].tolist()):
+            assert text.startswith(("neg", "pos")[y]) and text.endswith("\n\na naïve film")
+    for split in ("train", "test"):                         # the files are sorted by class, the task is not
+        assert set(task.labels[split][:12].tolist()) == {0, 1}
+    assert not set(texts_of(task, "train")) & set(texts_of(task, "val"))
+
+
+def test_limit_and_context(tmp_path, capsys):
+    imdb(tmp_path / "aclImdb")
+    task, whole = load("imdb", tmp_path, limit=3, context=10), load("imdb", tmp_path)
+    said = capsys.readouterr().out
+    assert counts(task) == [3, 3, 3] and task.images["train"].shape == (3, 10)
+    assert torch.equal(task.images["test"], whole.images["test"][:3, :10])
+    assert "9 of 9 texts are longer than 10 tokens" in said and said.count("imdb:") == 4     # the whole one: three counts
+
+
+def test_bpe_tokens(tmp_path):
+    imdb(tmp_path / "aclImdb", 3)
+    folder = gpt2_files(tmp_path / "gpt2", MERGES)
+    task, tokenizer = load("imdb", tmp_path, tokens=folder), data.Tokenizer(folder)
+    assert task.eos == tokenizer.eos == 266
+    for row, length in zip(task.images["test"], task.lengths["test"]):
+        assert tokenizer.decode(row[:length]).endswith("a naïve film") and (row[length:] == 266).all()
+
+
+def test_drawn_texts(tmp_path, monkeypatch, capsys):
+    draw = lambda split: [(f"{split} {k}", "b" if k else None, k % 2) for k in range(5)]
+    monkeypatch.setitem(data.GRAMMAR, "agree", (["no", "yes"], "Matthews", draw))
+    task = load("agree", tmp_path / "nothing", limit=4)
+    assert counts(task) == [4, 4, 4] and texts_of(task, "val")[:2] == ["val 0", "val 1\nb"] and task.metric == "Matthews"
+    refuses(capsys, lambda: load("sst2", tmp_path), "no text task 'sst2'", "agree, mrpc, cola, rte, imdb")
+
+
+def line(path, number, text):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = text
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_bad_glue(tmp_path, capsys):
+    def bad(name, *words):
+        refuses(capsys, lambda: load(name, tmp_path), *words)
+
+    for name in ("mrpc", "cola", "rte"):
+        bad(name, f"{name}: there is no train.tsv", "in", "unpacked" if name != "mrpc" else "dev_ids.tsv")
+    rte(tmp_path / "RTE")
+    path = tmp_path / "RTE" / "train.tsv"
+    line(path, 4, "2\tno claim\tentailment")
+    bad("rte", f"{path}, line 4: 3 columns", "rte has 4")
+    line(path, 4, "2\ta\tb\tneutral")
+    bad("rte", f"{path}, line 4: the label 'neutral' is none of entailment, not_entailment")
+    line(path, 4, "2\ta\t \tentailment")
+    bad("rte", f"{path}, line 4: an empty sentence")
+    line(path, 1, "0\ta\tb\tentailment")
+    bad("rte", f"{path}, line 1", "index, sentence1, sentence2, label")
+    path.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\t\xff\tb\tentailment\n")
+    bad("rte", "cannot read", str(path))
+    rte(tmp_path / "RTE")
+    (tmp_path / "RTE" / "dev.tsv").unlink()
+    bad("rte", "cannot read", "dev.tsv")
+    table(tmp_path / "RTE" / "dev.tsv", [], data.GLUE["rte"][0])
+    bad("rte", "20 training and 0 test texts")
+    cola(tmp_path / "CoLA")
+    line(tmp_path / "CoLA/dev.tsv", 1, "sentence\tlabel\tmark\ttext")
+    bad("cola", f"{tmp_path / 'CoLA/dev.tsv'}, line 1: the label 'label' is none of 0, 1")
+    mrpc(tmp_path / "MRPC", raw=True)
+    (tmp_path / "MRPC/dev_ids.tsv").unlink()
+    bad("mrpc", "lacks dev_ids.tsv (or mrpc_dev_ids.tsv)")
+    table(tmp_path / "MRPC/dev_ids.tsv", [("7", "8")])
+    bad("mrpc", "30 training and 0 test texts")
+
+
+def test_bad_imdb(tmp_path, capsys):
+    bad = lambda *words: refuses(capsys, lambda: load("imdb", tmp_path), *words)
+    bad("imdb: there is no train/pos", "aclImdb_v1.tar.gz")
+    imdb(tmp_path / "aclImdb", 3)
+    path = tmp_path / "aclImdb/test/neg/1_2.txt"
+    path.write_text(" <br />\n")
+    bad(f"{path}: an empty review")
+    path.write_bytes(b"\xff")
+    bad(f"cannot read {path}")
+    shutil.rmtree(path.parent)
+    bad(f"no reviews (.txt) in {path.parent}")
+
+
+# The cache, and --check
+
+
+def test_tokens_are_kept(tmp_path, monkeypatch, capsys):
+    cola(tmp_path / "CoLA")
+    calls, encode = [], data.Tokenizer.encode
+    monkeypatch.setattr(data.Tokenizer, "encode", lambda self, text: calls.append(text) or encode(self, text))
+    calls_of = lambda **how: (calls.clear(), load("cola", tmp_path, **how), len(calls))[1:]
+    first, count = calls_of()
+    again, none = calls_of(context=1000)                    # whole texts are kept: another context is a matter of cutting
+    assert (count, none) == (26, 0) and same(first, again)
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    assert calls_of(limit=2)[1] == 6 and calls_of(tokens=gpt2_files(tmp_path / "gpt2", MERGES))[1] == 26
+    assert calls_of(tokens=gpt2_files(tmp_path / "gpt2", MERGES[::-1]))[1] == 26        # other merges, other tokens
+    path = tmp_path / "CoLA/dev.tsv"
+    line(path, 3, "gj04\t1\t\tAnother sentence.")
+    changed, count = calls_of()
+    assert count == 26 and "Another sentence." in texts_of(changed, "test")
+    for kept in (tmp_path / "tokens").iterdir():
+        kept.write_bytes(kept.read_bytes()[:100])           # damaged
+    again, count = calls_of()
+    assert count == 26 and same(changed, again)
+    assert calls_of()[1] == 0
+    os.utime(path, (1, 1))
+    assert calls_of()[1] == 26
+
+
+def test_tokens_cannot_be_kept(tmp_path, capsys):
+    cola(tmp_path / "CoLA")
+    (tmp_path / "tokens").write_text("a file where the folder should be")
+    assert counts(load("cola", tmp_path)) == [18, 2, 6] and "tokens are not kept" in capsys.readouterr().out
+
+
+def test_check(tmp_path, monkeypatch, capsys):
+    rte(tmp_path / "RTE")
+    check = lambda: data.main(["--check", "rte", "--data-dir", str(tmp_path), "--tokens", gpt2_files(tmp_path / "gpt2", MERGES)])
+    refuses(capsys, check, "rte is not whole: 18 train texts where the whole set has 2,241; 2 val texts where the whole set has 249; "
+            "6 test texts where the whole set has 277")
+    monkeypatch.setitem(data.TEXTS, "rte", data.TEXTS["rte"]._replace(official=(20, 6)))
+    check()
+    said = capsys.readouterr().out
+    assert "2 classes (entailment, not entailment), scored by accuracy; official: 20 / 6 (train / test); val is 10% of train" in said
+    assert "  test: 6 texts, 50.0% of them entailment; the longest has 25 tokens" in said
+    assert "the first training text" in said and "\\nClaim" in said and "rte is whole" in said
+
+
+def test_official_counts():
+    ours = dict(mrpc=(3301, 367, 408), cola=(7696, 855, 1043), rte=(2241, 249, 277), imdb=(22500, 2500, 25000))
+    for name, (train, val, test) in ours.items():
+        official = data.TEXTS[name].official
+        assert (official, round(data.VAL_SHARE * official[0])) == ((train + val, test), val)
+    assert not {*data.TEXTS, *data.GRAMMAR} & {*data.REAL, *data.SPECS}
+
+
+def test_order_and_padding_helpers():
+    """Ids of three texts in a row, cut to 2: from_tokens by hand."""
+    tokens = {"train": (np.array([5, 6, 7, 8, 9, 4], np.uint16), np.array([3, 1, 2]), np.array([0, 1, 0]))}
+    task = data.from_tokens("hand", ["a", "b"], "accuracy", tokens, 256, 2)
+    assert task.images["train"].tolist() == [[5, 6], [8, 256], [9, 4]] and task.lengths["train"].tolist() == [2, 1, 2]
