@@ -46,6 +46,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import time
 import unicodedata
@@ -1743,12 +1744,102 @@ def load(name, data_dir="data", image_size=32, seed=0, workers=2, memory=MEMORY)
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Drawn texts: a grammar of short sentences, in which a token can be a byte
+# ---------------------------------------------------------------------------------------------------------------
+# Each function writes one example, (text, second text or None, label); its docstring says what decides the class.
+PEOPLE = ("tom", "ann", "bob", "eve", "jim", "meg", "sam", "zoe", "ben", "amy")
+BEASTS = ("cat", "dog", "pig", "hen", "fox", "cow", "owl", "ant", "bee", "ram", "ape", "rat", "elk", "cub", "pup", "bat", "hog", "jay")
+SYNONYMS = (("saw", "met"), ("hit", "beat"), ("fed", "kept"), ("led", "took"))
+TIMES = (("", ""), (" now", " today"), (" soon", " later"), (" here", ""), (" often", " a lot"), (" once", ""))
+LOOKS = ("", "", "old ", "big ", "red ", "sad ")
+DEEDS = ("ran", "sat", "hid", "ate", "fell", "won", "left", "came", "woke", "sang", "slid", "swam")
+AMOUNTS = ("all", "most", "many", "some", "few", "no")
+PRAISE, BLAME = ("fun", "fine", "great", "sharp", "warm", "superb"), ("dull", "bad", "weak", "flat", "cold", "awful")
+
+
+def write_paraphrases(rng):
+    """Two sentences that say the same, mostly in other words; else the verbs differ, or who did it to whom."""
+    (a, b), verbs, same = rng.sample(PEOPLE, 2), rng.randrange(4), rng.random() < 0.68             # MRPC's share
+    first, second, when = rng.choice(SYNONYMS[verbs]), rng.choice(SYNONYMS[verbs]), rng.sample(rng.choice(TIMES), 2)
+    c, d = a, b
+    if not same and rng.random() < 0.2:
+        c, d = b, a
+    elif not same:
+        second = rng.choice(SYNONYMS[(verbs + rng.randrange(1, 4)) % 4])
+    return f"{a} {first} {b}{when[0]}", f"{c} {second} {d}{when[1]}", int(same)
+
+
+def write_acceptability(rng):
+    """A sentence in which verb and subject, article and noun agree and all words are in their places; or one of these is wrong."""
+    wrong = None if rng.random() < 0.7 else rng.choice(("verb", "article", "order"))               # CoLA's share
+    many, others = (rng.random() < 0.5 or wrong == "article" for _ in range(2))
+    article = lambda many: rng.choice(("", "the") if many else ("a", "the"))
+    noun = lambda many: rng.choice(BEASTS) + "s" * many
+    subject, object = [article(many), rng.choice(LOOKS).strip(), noun(many)], [article(others), noun(others)]
+    if wrong == "article":
+        rng.choice((subject, object))[0] = "a"
+    verb = rng.choice(("see", "like", "fear", "bite", "hear", "chase")) + "s" * (many == (wrong == "verb"))
+    words = [word for word in (*subject, verb, *object) if word]
+    if wrong == "order":
+        k = rng.randrange(len(words) - 1)
+        words[k], words[k + 1] = words[k + 1], words[k]
+    return " ".join(words), None, int(wrong is None)
+
+
+def write_entailment(rng):
+    """Whether the second sentence follows from the first, which is about more of the same beasts, or about few or none."""
+    follows = lambda p, h: p == h or "few" not in (p, h) and "no" not in (p, h) and AMOUNTS.index(p) < AMOUNTS.index(h) or (p, h) == ("no", "few")
+    true = rng.random() < 0.5
+    pairs = [(p, h) for p in AMOUNTS for h in AMOUNTS if follows(p, h) == true]
+    (p, h), beast, look, deed = rng.choice(pairs), rng.choice(BEASTS), rng.choice(LOOKS), rng.choice(DEEDS)
+    done = deed
+    if not true and rng.random() < 0.15:
+        h, done = p, rng.choice([d for d in DEEDS if d != deed])
+    return f"{p} {look}{beast}s {deed}", f"{h} {beast}s {done}", int(not true)
+
+
+def write_sentiment(rng):
+    """One or two judgements; "not" turns one round, and after "but" the second counts."""
+    good = rng.random() < 0.5
+
+    def judgement(good):
+        turned = rng.random() < 0.3
+        thing, word = rng.choice(("film", "plot", "cast", "song", "end", "pace", "hero", "joke")), rng.choice(PRAISE if good != turned else BLAME)
+        return f"{thing} {rng.choice(('is', 'was'))} {'not ' * turned}{word}"
+    form = rng.randrange(3)
+    text = (judgement(good), f"{judgement(good)} and {judgement(good)}", f"{judgement(not good)} but {judgement(good)}")[form]
+    return text, None, int(good)
+
+
+GRAMMAR = {     # name -> (class names, metric, writer, training texts): small counterparts of MRPC, CoLA, RTE and IMDB
+    "paraphrases": (("no paraphrase", "paraphrase"), "accuracy/F1", write_paraphrases, 4000),
+    "acceptability": (("unacceptable", "acceptable"), "Matthews", write_acceptability, 8000),
+    "entailment": (("entailment", "no entailment"), "accuracy", write_entailment, 4000),
+    "sentiment": (("negative", "positive"), "accuracy", write_sentiment, 8000),
+}
+
+
+@functools.cache
+def written(name):
+    """{split: [(text, second text or None, label)]} of a drawn text task; 1,000 texts of val, 2,000 of test, and no text twice."""
+    write, count = GRAMMAR[name][2:]
+    seen, splits = set(), {}
+    for split, wanted in (("test", 2000), ("val", 1000), ("train", count)):
+        rng, splits[split] = random.Random(f"{name} {split}"), []
+        while len(splits[split]) < wanted:
+            example = write(rng)
+            if example[:2] not in seen:
+                seen.add(example[:2])
+                splits[split].append(example)
+    return splits
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Text: GPT-2's tokens, tasks of texts, GLUE's MRPC, CoLA and RTE, and IMDB
 # ---------------------------------------------------------------------------------------------------------------
 END = "<|endoftext|>"               # GPT-2's only special token, always the last id; it also pads, for want of another
 VAL_SHARE = 0.1                     # of the training texts: neither GLUE nor IMDB has a split for choosing
 TEXT_VERSION = 1                    # part of the cache's key: raise it when a reader gives other texts
-GRAMMAR = {}                        # drawn tasks: name -> (class names, metric, split -> [(text, second text or None, label)])
 PARTS = ("ids", "lengths", "labels")
 
 
@@ -2016,8 +2107,8 @@ def load_texts(names, data_dir="data", context=1024, tokens="", limit=None):
     tokenizer, tasks = Tokenizer(tokens or None), {}
     for name in names:
         if name in GRAMMAR:
-            class_names, metric, draw = GRAMMAR[name]
-            tasks[name] = text_task(name, class_names, metric, {s: draw(s)[:limit] for s in SPLITS}, tokenizer, context)
+            splits = {split: written(name)[split][:limit] for split in SPLITS}
+            tasks[name] = text_task(name, *GRAMMAR[name][:2], splits, tokenizer, context)
         else:
             read, trouble = read_texts(name, data_dir, tokenizer, limit)
             for sentence in trouble:

@@ -233,7 +233,7 @@ def drawn(machine, repeats, count):
     hypernet = tal.build_hypernet(args).to(machine.device)
     ancestry, forward = frozen_ancestry(args, machine)
     sums, I = {}, torch.randn(args.ancestry_width, device=machine.device)
-    for config in tal.architectures(args.archs, args.image_size, args.patch, args.pool, count):
+    for config in tal.architectures(args.archs, tal.input_shape(args), count):
         config = dataclasses.replace(config, num_classes=32)
         x, y = batch(args.batch_size, config, machine.device)
         works = {"with ancestry": tal_trainer(args, machine, hypernet, ancestry, config, x, y, I),

@@ -278,7 +278,7 @@ def test_task_embedding_is_the_mean_feature_at_norm_sqrt_t():
 def test_architecture_datasets(dataset, depths, widths, first, digest):
     """A thousand each, within the released ranges up to both ends, and the same ones on every machine and in every year."""
     random.seed(3)
-    configs = tal.architectures(dataset, 32, 8)
+    configs = tal.architectures(dataset, dict(image_size=32, patch_size=8))
     sizes = [(c.depth, c.width, c.heads) for c in configs]
     assert len(sizes) == 1000 and sizes[:3] == first
     assert hashlib.sha256(repr(sizes).encode()).hexdigest()[:16] == digest
@@ -297,10 +297,10 @@ def test_vits_1k_have_at_most_ten_million_parameters():
     def count(c):
         D, tokens = c.width, (c.image_size // c.patch_size) ** 2 + 1
         return c.depth * (12 * D * D + 13 * D) + 3 * c.patch_size ** 2 * D + D + D + tokens * D + 2 * D + 10 * D + 10
-    configs = [ViTConfig(32, 4, c.width, c.depth, c.heads, 10) for c in tal.architectures("ViTs-1K", 32, 4)]
+    configs = [ViTConfig(32, 4, c.width, c.depth, c.heads, 10) for c in tal.architectures("ViTs-1K", dict(image_size=32, patch_size=4))]
     assert 9e6 < max(map(count, configs)) <= 10e6
     assert sum(p.numel() for p in tal.skeleton(configs[0]).parameters()) == count(configs[0])
-    plus = [ViTConfig(32, 4, c.width, c.depth, c.heads, 10) for c in tal.architectures("ViTs+-1K", 32, 4)]
+    plus = [ViTConfig(32, 4, c.width, c.depth, c.heads, 10) for c in tal.architectures("ViTs+-1K", dict(image_size=32, patch_size=4))]
     assert sum(map(count, plus)) / 1000 == pytest.approx(24e6, rel=0.1) and max(map(count, plus)) > 80e6
 
 

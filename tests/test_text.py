@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import unicodedata
 
@@ -369,12 +370,55 @@ def test_bpe_tokens(tmp_path):
         assert tokenizer.decode(row[:length]).endswith("a naïve film") and (row[length:] == 266).all()
 
 
-def test_drawn_texts(tmp_path, monkeypatch, capsys):
-    draw = lambda split: [(f"{split} {k}", "b" if k else None, k % 2) for k in range(5)]
-    monkeypatch.setitem(data.GRAMMAR, "agree", (["no", "yes"], "Matthews", draw))
-    task = load("agree", tmp_path / "nothing", limit=4)
-    assert counts(task) == [4, 4, 4] and texts_of(task, "val")[:2] == ["val 0", "val 1\nb"] and task.metric == "Matthews"
-    refuses(capsys, lambda: load("sst2", tmp_path), "no text task 'sst2'", "agree, mrpc, cola, rte, imdb")
+def test_drawn_texts(tmp_path, capsys):
+    task = load("acceptability", tmp_path / "nothing", limit=4)
+    assert counts(task) == [4, 4, 4] and task.metric == "Matthews" and task.class_names == ["unacceptable", "acceptable"]
+    assert texts_of(task, "val") == [text for text, *_ in data.written("acceptability")["val"][:4]]
+    refuses(capsys, lambda: load("sst2", tmp_path), "no text task 'sst2'", "sentiment, mrpc, cola, rte, imdb")
+
+
+@pytest.mark.parametrize("name", data.GRAMMAR)
+def test_no_drawn_text_twice(name):
+    splits = data.written(name)
+    texts = [example[:2] for rows in splits.values() for example in rows]
+    assert len(set(texts)) == len(texts) and [len(splits[s]) for s in ("val", "test")] == [1000, 2000]
+    shares = [sum(y for *_, y in rows) / len(rows) for rows in splits.values()]
+    assert max(shares) - min(shares) < 0.06 and 0.45 < min(shares) < 0.75
+
+
+def same_meaning(first, second, kinds={"met": "saw", "beat": "hit", "kept": "fed", "took": "led"}):
+    said = [[kinds.get(word, word) for word in text.split()[:3]] for text in (first, second)]
+    return said[0] == said[1]
+
+
+def agrees(text, _):
+    """A sentence is [a | the] [look] noun verb [a | the] noun, with one beast or several."""
+    verbs = "see like fear bite hear chase".split()
+    match = re.fullmatch(rf"(a |the |)((?:old |big |red |sad )?)(\w+) ({'|'.join(verbs)})(s?) (a |the |)(\w+)", text)
+    if not match or {match[3].rstrip("s"), match[7].rstrip("s")} - set(data.BEASTS):
+        return False
+    one, other = (not match[k].endswith("s") for k in (3, 7))
+    article = lambda a, one: a == "the " or (a == "a ") == one
+    return (match[5] == "s") == one and article(match[1], one) and article(match[6], other)
+
+
+def follows(first, second):
+    """In every world of four beasts of which some number has done it."""
+    meaning = {"all": range(4, 5), "most": range(3, 5), "many": range(2, 5), "some": range(1, 5), "few": range(0, 2), "no": range(0, 1)}
+    (p, *_, done), (h, *_, also) = first.split(), second.split()
+    return done == also and all(world in meaning[h] for world in meaning[p])
+
+
+def praises(text, _):
+    last = re.split(" but | and ", text)[-1].split()
+    return (last[-1] in data.PRAISE) != ("not" in last)
+
+
+@pytest.mark.parametrize("name, oracle, flip", [("paraphrases", same_meaning, 0), ("acceptability", agrees, 0), ("entailment", follows, 1),
+                                                ("sentiment", praises, 0)])
+def test_classes_of_drawn_texts(name, oracle, flip):
+    wrong = [example for example in data.written(name)["test"] if oracle(*example[:2]) != (example[2] != flip)]
+    assert not wrong
 
 
 def line(path, number, text):
