@@ -1747,10 +1747,10 @@ def load(name, data_dir="data", image_size=32, seed=0, workers=2, memory=MEMORY)
 # Drawn texts: a grammar of short sentences, in which a token can be a byte
 # ---------------------------------------------------------------------------------------------------------------
 # Each function writes one example, (text, second text or None, label); its docstring says what decides the class.
-PEOPLE = ("tom", "ann", "bob", "eve", "jim", "meg", "sam", "zoe", "ben", "amy")
+PEOPLE = ("tom", "ann", "bob", "eve", "jim", "meg", "sam", "zoe", "ben", "amy", "dan", "ida")
 BEASTS = ("cat", "dog", "pig", "hen", "fox", "cow", "owl", "ant", "bee", "ram", "ape", "rat", "elk", "cub", "pup", "bat", "hog", "jay")
-SYNONYMS = (("saw", "met"), ("hit", "beat"), ("fed", "kept"), ("led", "took"))
-TIMES = (("", ""), (" now", " today"), (" soon", " later"), (" here", ""), (" often", " a lot"), (" once", ""))
+SYNONYMS = (("saw", "met"), ("hit", "beat"), ("fed", "kept"))
+TIMES = ("", " now", " today", " soon", " later", " here", " often", " once")
 LOOKS = ("", "", "old ", "big ", "red ", "sad ")
 DEEDS = ("ran", "sat", "hid", "ate", "fell", "won", "left", "came", "woke", "sang", "slid", "swam")
 AMOUNTS = ("all", "most", "many", "some", "few", "no")
@@ -1759,14 +1759,14 @@ PRAISE, BLAME = ("fun", "fine", "great", "sharp", "warm", "superb"), ("dull", "b
 
 def write_paraphrases(rng):
     """Two sentences that say the same, mostly in other words; else the verbs differ, or who did it to whom."""
-    (a, b), verbs, same = rng.sample(PEOPLE, 2), rng.randrange(4), rng.random() < 0.68             # MRPC's share
-    first, second, when = rng.choice(SYNONYMS[verbs]), rng.choice(SYNONYMS[verbs]), rng.sample(rng.choice(TIMES), 2)
+    (a, b), verbs, same = rng.sample(PEOPLE, 2), rng.randrange(3), rng.random() < 0.68             # MRPC's share
+    first, second, when = rng.choice(SYNONYMS[verbs]), rng.choice(SYNONYMS[verbs]), rng.choice(TIMES)
     c, d = a, b
     if not same and rng.random() < 0.2:
         c, d = b, a
     elif not same:
-        second = rng.choice(SYNONYMS[(verbs + rng.randrange(1, 4)) % 4])
-    return f"{a} {first} {b}{when[0]}", f"{c} {second} {d}{when[1]}", int(same)
+        second = rng.choice(SYNONYMS[(verbs + rng.randrange(1, 3)) % 3])
+    return f"{a} {first} {b}", f"{c} {second} {d}{when}", int(same)
 
 
 def write_acceptability(rng):
@@ -1812,7 +1812,7 @@ def write_sentiment(rng):
 
 
 GRAMMAR = {     # name -> (class names, metric, writer, training texts): small counterparts of MRPC, CoLA, RTE and IMDB
-    "paraphrases": (("no paraphrase", "paraphrase"), "accuracy/F1", write_paraphrases, 4000),
+    "paraphrases": (("no paraphrase", "paraphrase"), "accuracy/F1", write_paraphrases, 6000),
     "acceptability": (("unacceptable", "acceptable"), "Matthews", write_acceptability, 8000),
     "entailment": (("entailment", "no entailment"), "accuracy", write_entailment, 4000),
     "sentiment": (("negative", "positive"), "accuracy", write_sentiment, 8000),
@@ -1823,15 +1823,13 @@ GRAMMAR = {     # name -> (class names, metric, writer, training texts): small c
 def written(name):
     """{split: [(text, second text or None, label)]} of a drawn text task; 1,000 texts of val, 2,000 of test, and no text twice."""
     write, count = GRAMMAR[name][2:]
-    seen, splits = set(), {}
-    for split, wanted in (("test", 2000), ("val", 1000), ("train", count)):
-        rng, splits[split] = random.Random(f"{name} {split}"), []
-        while len(splits[split]) < wanted:
-            example = write(rng)
-            if example[:2] not in seen:
-                seen.add(example[:2])
-                splits[split].append(example)
-    return splits
+    rng, examples = random.Random(name), {}
+    while len(examples) < 3000 + count:
+        text, second, label = write(rng)
+        examples[text, second] = text, second, label
+    examples = list(examples.values())
+    rng.shuffle(examples)                   # as texts get scarce, so do the classes that have few: all splits share that
+    return {"test": examples[:2000], "val": examples[2000:3000], "train": examples[3000:]}
 
 
 # ---------------------------------------------------------------------------------------------------------------

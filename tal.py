@@ -863,6 +863,7 @@ TEXT = {    # the defaults that differ under --modality text, (drawn, paper)
     "--output": "runs/tal-text",
     "--tal-dir": "runs/tal-text",
     "--batch-size": (64, 32),
+    "--ancestry-epochs": (8.0, 0.0),
     "--pretrain-epochs": (0.0, 0.0),
     "--tune-epochs": (6.0, 100.0),
     "--base-task": "",
@@ -1040,7 +1041,7 @@ def get_hypernet(stage, args, run, machine, to_tune=False):
             hypernet = build_hypernet(argparse.Namespace(**saved["config"])).to(machine.device)
             load_weights(hypernet, saved["model"], run[stage])
             args.archs, args.ancestry_width = saved["config"]["archs"], saved["config"]["ancestry_width"]
-            args.trained = argparse.Namespace(**saved["config"])
+            args.trained = input_shape(argparse.Namespace(**saved["config"]))
             if not args.ancestry and not run["ancestry"].exists():
                 args.ancestry = saved["config"]["ancestry"]
             embeddings = {n: I.to(machine.device) for n, I in saved["extra"]["embeddings"].items()}
@@ -1068,7 +1069,7 @@ def finished_hypernet(stage, args, run, machine):
     """get_hypernet's three, the hypernetwork made ready, in place, for sizes that it was not trained on (D19)."""
     hypernet, ancestry, embeddings = get_hypernet(stage, args, run, machine)
     if isinstance(hypernet.decoder, LowRankDecoder):
-        shapes = {dataclasses.replace(c, depth=1) for c in architectures(args.archs, input_shape(getattr(args, "trained", args)))}
+        shapes = {dataclasses.replace(c, depth=1) for c in architectures(args.archs, getattr(args, "trained", None) or input_shape(args))}
         hypernet.decoder.quiet_untrained_rows(group for config in shapes for group in
                                               encoded(config, machine.device)[1].groups(hypernet.decoder.classes))
     return hypernet, ancestry, embeddings
