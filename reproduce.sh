@@ -12,8 +12,9 @@
 #        alternatives (what else the same cost buys), al-pool (checks on pool and selector that no table shows; only when named),
 #        data (contact sheet and difficulty of the drawn tasks; only when named).
 #
-# Two commands at a time (JOBS=2), one thread each, three seeds (SEEDS="0 1 2"). Run again, it goes on where it was stopped; what two
-# tables share is made once. Cells that cost more than they tell are run with one seed, ONCE; the committed results have ONCE="0 1 2".
+# Two commands at a time (JOBS=2), one thread each. Run again, it goes on where it was stopped; what two tables share is made once.
+# To stay below two hours on two cores, only TAL and LoGAH, and Adaptive-Learngene and its baselines at Small, have three seeds (SEEDS);
+# other baselines, ablations and sizes, segmentation and Swin have one (ONCE), and al-pool is left out. ONCE="0 1 2" repeats all.
 set -euo pipefail
 cd "$(dirname "$0")"
 seeds=${SEEDS:-0 1 2}
@@ -66,11 +67,13 @@ al() { cell "$1" "$2" "$3" adaptive_learngene.py "${few[@]}" "${@:4}" "${tail[@]
 
 ancestry() { if [[ $mode != paper ]]; then cell 3.5 "" ancestry tal.py --stage ancestry "${budget[@]}"; fi; }
 
+repeats() { case $1 in tal | logah) echo "$seeds" ;; *) echo "$once" ;; esac; }     # of METHOD: its seeds
+
 untrained() {   # untrained METHOD...: pretrained, tuned, measured without training: 96,000 and 294,000 images
     local method seed
     ancestry
-    for seed in $seeds; do
-        for method in "$@"; do
+    for method in "$@"; do
+        for seed in $(repeats "$method"); do
             case $method in
             tal) tal 6 ancestry "tal-s$seed" --stage evaluate --seed "$seed" "${budget[@]}" ;;
             tal+) tal 8 ancestry "tal+-s$seed" --stage evaluate --seed "$seed" --method tal+ "${budget[@]}" ;;
@@ -97,11 +100,11 @@ source_of() {   # source_of SIZE: the ancestors of the baselines, on as many ima
 of() { echo --seed "$1" --pool "$out/small-s$1/pool" --source "$out/source"; }     # of SEED: its pool and the baselines' ancestors
 
 table() {   # table PART: the cells of a table or figure
-    local seed method size task images k depth init
+    local seed method size task images epochs cost name flags k depth init
     case $1 in
     tal-1)  # the base task: untrained as pretrained, then trained on
         untrained ghn3 logah tal tal+
-        for seed in $seeds; do for method in ghn3 logah tal tal+; do
+        for method in ghn3 logah tal tal+; do for seed in $(repeats "$method"); do
             if [[ $method == tal ]]; then flags=(); else flags=(--method "$method"); fi
             tal 0.4 "" "$method-s$seed" --stage pretrain --seed "$seed" "${flags[@]}" "${budget[@]}"
         done; done
@@ -112,34 +115,34 @@ table() {   # table PART: the cells of a table or figure
     tal-2) untrained ghn3 logah tal tal+ ;;
     tal-3)  # the nine tasks, trained on; random parameters twice as long
         untrained ghn3 logah tal tal+
-        for size in "$small" "$tiny"; do
-            for seed in $([[ $size == "$tiny" ]] && echo "$once" || echo "$seeds"); do
-                tal 1.2 "" "random-s$seed/trained" --stage train --method random --seed "$seed" --data "$nine" --size "$size" --depth 12 $(train 4000 200)
-                for method in ghn3 logah tal tal+; do
-                    tal 0.8 "" "$method-s$seed" --stage train --seed "$seed" --method "$method" --data "$nine" --size "$size" --depth 12 $(train 2000 100)
-                done
+        for size in "$small" "$tiny"; do for method in random ghn3 logah tal tal+; do
+            for seed in $([[ $size == "$tiny" ]] && echo "$once" || repeats "${method/random/tal}"); do
+                name=$method-s$seed cost=0.8 images=2000 epochs=100
+                if [[ $method == random ]]; then name+=/trained cost=1.2 images=4000 epochs=200; fi
+                tal $cost "" "$name" --stage train --seed "$seed" --method "$method" --data "$nine" --size "$size" --depth 12 $(train $images $epochs)
             done
-        done ;;
+        done; done ;;
     tal-4) untrained ghn3 logah tal tal+ ;;                               # training time: what these log
     tal-5)  # unseen tasks, a short and a long training, one rate and a fresh head for all
         untrained logah tal
         for images in 4000 40000; do for seed in $seeds; do
+            cost=$([[ $images == 4000 ]] && echo 0.2 || echo 0.9)
             flags=(--stage train --seed "$seed" --data "$unseen" $(train $images $((images == 4000 ? 5 : 100))))
             if [[ $mode == paper ]]; then flags+=(--size tiny --depth 3); fi
-            tal $((images == 4000 ? 0 : 1)).2 "" "random-s$seed/unseen-$images" --method random "${flags[@]}"
-            tal $((images == 4000 ? 0 : 1)).2 "" "tal-s$seed" --fresh-head "${flags[@]}"
-            tal $((images == 4000 ? 0 : 1)).2 "" "logah-s$seed" --method logah --source pretrain "${flags[@]}"
+            tal $cost "" "random-s$seed/unseen-$images" --method random "${flags[@]}"
+            tal $cost "" "tal-s$seed" --fresh-head "${flags[@]}"
+            tal $cost "" "logah-s$seed" --method logah --source pretrain "${flags[@]}"
         done; done ;;
     tal-6)  # text: one TAL for all four tasks, one LoGAH for each
-        for seed in $seeds; do
-            cell 4 "" "text-tal-s$seed" tal.py --modality text --stage evaluate --seed "$seed"
+        for seed in $seeds; do cell 4 "" "text-tal-s$seed" tal.py --modality text --stage evaluate --seed "$seed"; done
+        for seed in $once; do
             for task in paraphrases acceptability entailment sentiment; do
                 cell 3 "" "text-logah-$task-s$seed" tal.py --modality text --method logah --stage evaluate --seed "$seed" --tune-tasks "$task"
             done
         done ;;
     tal-7)  # from the same pretraining, tuned on one task alone
         untrained tal
-        for seed in $seeds; do for task in ${nine//,/ }; do
+        for seed in $once; do for task in ${nine//,/ }; do
             tal 0.8 "tal-s$seed" "st-${task#*/}-s$seed" --stage evaluate --seed "$seed" --tune-tasks "$task" "${budget[@]}"
         done; done ;;
     tal-8 | tal-9) untrained no-task-info no-ancestry tal ;;
@@ -216,11 +219,10 @@ table() {   # table PART: the cells of a table or figure
     alternatives)
         untrained logah tal
         for seed in $seeds; do
-            # Random parameters, as many images of each task as tuning showed of it; then as many as TAL's whole pipeline takes the time of,
-            # shared among nine tasks: ancestry 204 s, both stages 328 s, and 3,300 images/s of 3-Small; on every third of the tasks.
-            tal 1.9 "" "direct-s$seed" --stage train --method random --seed "$seed" --train-images tune "${budget[@]}"
-            tal 3.2 "" "random-s$seed/equal" --stage train --method random --seed "$seed" --data "$(cut -d, -f1,4,7 <<< "$nine")" $(train 195000 900)
-            for images in 1000 4000; do             # the nine tasks and the unseen ones, 3-Small, by start
+            # Random parameters, as many images of each task as tuning showed of it: one network.
+            tal 1.7 "" "direct-s$seed" --stage train --method random --seed "$seed" --train-images tune "${budget[@]}"
+            # The same with TAL's start, LoGAH's, and with weights selected from the ancestry, on few images; then tasks new to all.
+            for images in 1000 4000; do
                 flags=(--stage train --seed "$seed" --data "$nine" $(train "$images" $((images / 200))))
                 tal 0.5 "" "random-s$seed/images-$images" --method random "${flags[@]}"
                 tal 0.5 "" "tal-s$seed" "${flags[@]}"
@@ -229,7 +231,11 @@ table() {   # table PART: the cells of a table or figure
             done
             tal 0.2 ancestry "selection-s$seed" --method selection --stage train --seed "$seed" --data "$unseen" $(train 4000 5)
         done
-        for seed in $once; do       # where sizes match, the ancestry itself can be trained on, under a fresh head
+        for seed in $once; do
+            # As many images as take the time of TAL's whole pipeline (ancestry 204 s, both stages 328 s, at 3,300 images/s of 3-Small), shared
+            # among its nine tasks; on every third of them.
+            tal 3.2 "" "random-s$seed/equal" --stage train --method random --seed "$seed" --data "$(cut -d, -f1,4,7 <<< "$nine")" $(train 195000 900)
+            # Where sizes match, the ancestry itself can be trained on, under a fresh head.
             flags=(--stage train --seed "$seed" --data "$nine,$unseen" --size "$([[ $mode == paper ]] && echo base || echo drawn-base)"
                    --depth "$([[ $mode == paper ]] && echo 12 || echo 4)" $(train 4000 20))
             tal 0.8 "" "random-s$seed/base" --method random "${flags[@]}"
