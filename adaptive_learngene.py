@@ -43,7 +43,7 @@ import data
 from common import (VIT_SIZES, Block, Run, Training, ViT, accuracy, amount, check_export, export_weights, fail,
                     load_checkpoint, load_pretrained, load_weights, parameter_groups, parse_flags, positive,
                     rank_zero_first, read_weights, renormalised, resized_pos_embed, save_checkpoint, setup_machine, share, vit_config,
-                    vit_state, whole, write_atomically, yes_no)
+                    vit_state, weight_selection, whole, write_atomically, yes_no)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -766,19 +766,6 @@ def peg(net, state, generator):
     for name in ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"):
         mixed = torch.tensordot(p, torch.stack([state[f"blocks.{l}.{name}"] for l in range(L_a)]), 1)
         new |= {f"blocks.{l}.{name}": mixed[l] for l in range(L)}
-    net.load_state_dict(new, strict=False)
-
-
-def weight_selection(net, state):
-    """Weight selection (Xu et al. 2024): the first L layers of a larger network, of every tensor evenly spaced elements."""
-    new = {}
-    for name, p in net.state_dict().items():
-        if not name.startswith("head."):
-            large = state[name]
-            for dim, (small, size) in enumerate(zip(p.shape, large.shape)):
-                step = size // small if size % small == 0 else (size - 1) / max(1, small - 1)
-                large = large.index_select(dim, (torch.arange(small, device=large.device) * step).round().long())
-            new[name] = large
     net.load_state_dict(new, strict=False)
 
 

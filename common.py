@@ -754,6 +754,19 @@ def renormalised(state, source, target):
     return {**state, "patch_embed.proj.weight": W * (S / s), "patch_embed.proj.bias": b + (W * ((M - m) / s)).sum((1, 2, 3))}
 
 
+def weight_selection(net, state):
+    """Weight selection (Xu et al. 2024): the first L layers of a larger network, of every tensor evenly spaced elements."""
+    new = {}
+    for name, p in net.state_dict().items():
+        if not name.startswith("head."):
+            large = state[name]
+            for dim, (small, size) in enumerate(zip(p.shape, large.shape)):
+                step = size // small if size % small == 0 else (size - 1) / max(1, small - 1)
+                large = large.index_select(dim, (torch.arange(small, device=large.device) * step).round().long())
+            new[name] = large
+    net.load_state_dict(new, strict=False)
+
+
 def normalisation_of(path, about, report, classes):
     """(mean, std, why) of the images that weights were trained on; mean and std are None for a checkpoint of this code,
     where each task has its own. What is neither told nor to be seen in the names is a guess, and `why` says so."""

@@ -38,7 +38,8 @@ from torch.func import functional_call
 import data
 from common import (GPT2_SIZES, VIT_SIZES, GPT2Config, Run, Training, ViTConfig, accuracy, amount, check_export, export_gpt2,
                     export_weights, fail, load_checkpoint, load_gpt2, load_pretrained, load_weights, network, parameter_groups, parse_flags,
-                    positive, predictions, rank_zero_first, read_weights, setup_machine, share, whole, write_atomically, yes_no)
+                    positive, predictions, rank_zero_first, read_weights, renormalised, setup_machine, share, weight_selection, whole,
+                    write_atomically, yes_no)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -766,7 +767,8 @@ def customize(hypernet, config, I, num_classes):
 # ----------------------------------------------------------------------------------------------------------------------
 
 STAGES = ["ancestry", "pretrain", "tune", "evaluate", "train", "customize", "plot"]
-METHODS = ["tal", "tal+", "logah", "ghn3", "random"]
+PREDICTED = ["tal", "tal+", "logah", "ghn3"]
+METHODS = [*PREDICTED, "random", "selection", "finetune"]
 PRESETS = ["drawn", "paper"]
 CODE = "paper silent; authors' code"
 REAL_TASKS = [f"decathlon/{domain}" for domain in data.DOMAINS if domain != "imagenet12"]
@@ -785,7 +787,8 @@ def image_count(text):
 FLAGS = [   # name, type, (drawn, paper), help and source
     ("--modality", ["image", "text"], "image", "ViTs for images, or GPT-2s for text (Table 6); some defaults differ, -h shows those of the modality"),
     ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
-    ("--method", METHODS, "tal", "tal+: wider architectures, soft labels; logah, ghn3: baselines; random: for train, no prediction"),
+    ("--method", METHODS, "tal", "tal+: wider architectures, soft labels; logah, ghn3: baselines; only for train: random, and from the "
+     "ancestry selection (evenly spaced weights, Xu et al. 2024) and finetune (all but the head, in its own size)"),
     ("--data", str, "", "tasks, comma-separated: drawn ones, real datasets, folders of images; evaluate reports, train trains, customize "
      "serves them"),
     ("--data-dir", str, "data", "where real datasets lie, and drawn data is cached"),
@@ -851,7 +854,7 @@ FLAGS = [   # name, type, (drawn, paper), help and source
     ("--heads", whole, 0, "overrides --size"),
     ("--split", ["val", "test"], "test", "split that evaluate and train report; settings were chosen on val"),
     ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of further training"),
-    ("--fresh-head", bool, False, "train: replace the predicted head by a random one (always for tasks never tuned on)"),
+    ("--fresh-head", bool, False, "train: replace the predicted head by a random one (always for tasks that --source was not trained on)"),
     ("--workers", positive, 2, "threads that draw, processes that read folders"),
     ("--save-every", positive, (250, 300), f"steps between checkpoints, a multiple of --log-every; {CODE}: 300"),
     ("--log-every", positive, 50, "steps between log lines"),
@@ -896,10 +899,10 @@ def settings(argv=None):
     args.task_info = args.method in ("tal", "tal+") and not args.no_task_info
     if args.method not in ("tal", "tal+") or args.no_ancestry:
         args.alpha = args.tune_alpha = 0.0
-    if text and (args.stage in ("pretrain", "plot") or args.method in ("tal+", "ghn3") or args.source == "pretrain"):
-        fail("--modality text has the stages ancestry, tune, evaluate, train and customize, and the methods tal, logah and random: Table 6")
-    if args.method == "random" and args.stage != "train":
-        fail("--method random is for --stage train; the other stages predict parameters")
+    if text and (args.stage in ("pretrain", "plot") or args.method not in ("tal", "logah", "random") or args.source == "pretrain"):
+        fail("--modality text has the stages ancestry, tune, evaluate, train and customize, and the methods tal, logah and random")
+    if args.method not in PREDICTED and args.stage != "train":
+        fail(f"--method {args.method} is for --stage train; the other stages predict parameters")
     if args.epochs:
         if args.stage not in ("ancestry", "pretrain", "tune", "train", "customize") or args.train_images:
             fail("--epochs is for the stages ancestry, pretrain, tune, customize, and train without --train-images; say --tune-epochs or the "
@@ -1178,20 +1181,44 @@ def train_on(run, args, machine, stage, net, task, steps, config, **same):
         job.update(loss_cls(y, logits.float()))
 
 
+def inherit(net, ancestry, task, method):
+    """What a user does who has the ancestry but no TAL, in place: fine-tunes it where sizes match, all but the head, or trains
+    a selection of its weights where it is larger (Xu et al. 2024)."""
+    own, large = net.config, ancestry.encoder.config
+    if method == "finetune" and dataclasses.replace(own, num_classes=large.num_classes) != large:
+        fail(f"--method finetune takes the ancestry's own size: --width {large.width} --heads {large.heads} --depth {large.depth}")
+    if own.depth > large.depth or own.width > large.width:
+        fail(f"--method selection takes at most the ancestry's {large.depth} layers of width {large.width}")
+    state = ancestry.encoder.state_dict()
+    if ancestry.mean is not None:
+        state = renormalised(state, (ancestry.mean.flatten().tolist(), ancestry.std.flatten().tolist()), (task.mean, task.std))
+    if method == "finetune":
+        net.load_state_dict(state, strict=False)
+    else:
+        weight_selection(net, state)
+
+
 def train(run, args, machine):
-    """Further training from predicted parameters, or from random ones (Tables 1, 3 and 5; Table 5's tasks are unseen)."""
+    """Further training from predicted parameters (Tables 1, 3 and 5; Table 5's tasks are unseen), from random ones, or from the
+    ancestry's."""
     config = asked_architecture(args)
     name = f"{config.depth}x{config.width}"
-    if args.method != "random":
+    predicted = args.method in PREDICTED
+    with_head = args.tune_tasks.split(",") if args.source == "tune" else [args.base_task]     # a head is predicted for these
+    if predicted:
         hypernet, ancestry, embeddings = finished_hypernet(args.source, args, run, machine)
+    elif args.method != "random":
+        ancestry = get_ancestry(args, run, machine)
     for task in load_tasks(args.tasks or data.DECATHLON, args, machine).values():
         torch.manual_seed(args.seed)
         net = network(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
-        if args.method != "random":
+        if predicted:
             head = {n: p for n, p in net.state_dict().items() if n.startswith(("head.", "score."))}
             net = customize(hypernet, config, embedding(task, args, ancestry, embeddings, machine), task.num_classes)
-            if args.fresh_head or args.source == "pretrain" or task.name not in args.tune_tasks.split(","):
+            if args.fresh_head or task.name not in with_head:
                 net.load_state_dict(head, strict=False)
+        elif args.method != "random":
+            inherit(net, ancestry, task, args.method)
         before = accuracy(net, task, args.split, machine.device)
         steps = training_steps(task, args, machine)
         train_on(run, args, machine, f"train-{task.name.strip('/').replace('/', '_')}-{name}-{steps}", net, task, steps, config)
@@ -1256,6 +1283,17 @@ def customize_stage(args, machine):
     run.print(f"wrote {path} for {args.format}, and what it is to {path.with_suffix('.json')}")
 
 
+def silhouette(points):
+    """Mean silhouette of clusters (K, n, d): (b - a) / max(a, b), a a point's mean distance to the others of its cluster, b the
+    least mean distance to another cluster. 1: far apart, 0: no clusters."""
+    K, n, _ = points.shape
+    flat, own = points.flatten(0, 1), torch.arange(K).repeat_interleave(n)
+    far = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").view(K * n, K, n).sum(-1)      # to each cluster
+    a = far[torch.arange(K * n), own] / (n - 1)
+    b = (far / n).scatter(1, own[:, None], math.inf).amin(1)
+    return float(((b - a) / torch.maximum(a, b)).mean())
+
+
 def plot(run, args, machine):
     """Fig. 3: the learngene's task-specific graphs f_tau^G, averaged over nodes, in their first two principal components."""
     if not args.task_info:
@@ -1266,14 +1304,16 @@ def plot(run, args, machine):
     with torch.no_grad():
         points = torch.stack([hypernet.learngene(encoded(c, machine.device)[1], I).mean(0)
                               for I in embeddings.values() for c in nets.values()])
-    points = points - points.mean(0)
+    points = (points - points.mean(0)).cpu()
     xy = points @ torch.linalg.svd(points, full_matrices=False).Vh[:2].T                       # (tasks * nets, 2)
-    xy = xy.view(len(embeddings), len(nets), 2).cpu()
+    xy, full = (p.view(len(embeddings), len(nets), -1) for p in (xy, points))
     within = (xy - xy.mean(1, keepdim=True)).pow(2).sum() / xy.pow(2).sum()
-    run.print(f"Fig. 3: {100 * (1 - within):.1f} % of the variance in the plane lies between tasks")
+    score = {"plane": silhouette(xy), "full": silhouette(full)}
+    run.print(f"Fig. 3: {100 * (1 - within):.1f} % of the variance in the plane lies between tasks; silhouette {score['plane']:.2f}, in all "
+              f"{points.shape[1]} dimensions {score['full']:.2f}")
     if machine.rank:
         return
-    figure = {"tasks": list(embeddings), "networks": list(nets), "xy": xy.tolist(), "between": float(1 - within)}
+    figure = {"tasks": list(embeddings), "networks": list(nets), "xy": xy.tolist(), "between": float(1 - within), "silhouette": score}
     write_atomically(run.dir / "figure3.json", lambda p: p.write_text(json.dumps(figure)))
     try:
         import matplotlib.pyplot as plt
