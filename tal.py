@@ -1265,7 +1265,7 @@ def customize_stage(args, machine):
         head.load_state_dict({n: p for n, p in net.state_dict().items() if not n.startswith("head.")}, strict=False)
         net = head
     about = {"task": task.name, "method": args.method, "hypernet": hashlib.sha256(run["tune"].read_bytes()).hexdigest(), "seed": args.seed,
-             "mean": task.mean, "std": task.std, "class_names": task.class_names, "chance": 100 / task.num_classes,
+             **({} if text else {"mean": task.mean, "std": task.std}), "class_names": task.class_names, "chance": 100 / task.num_classes,
              "untrained": accuracy(net, task, "val", machine.device), "epochs": args.epochs}
     run.print(f"{args.depth} layers, width {config.width}, {sum(p.numel() for p in net.parameters()):,} parameters, {task.num_classes} "
               f"classes: {about['untrained']:.2f} % untrained on val, chance {about['chance']:.2f} %")
