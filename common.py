@@ -1,10 +1,11 @@
 """What both papers share: the network blocks, and the plumbing of a run.
 
-  Blocks     ViT with timm's parameter names (weights of timm and DeiT fit as they are), and the table of sizes.
+  Blocks     ViT with timm's parameter names (weights of timm and DeiT fit as they are), GPT-2 with the published ones, and
+             the tables of sizes.
   Flags      one table row per flag: name, type, a value per preset, help with the value's source.
   Machine    device, mixed precision, torchrun.
   Run        an output directory: config.json, log.jsonl, checkpoints.
-  Weights    pretrained ViTs of timm, DeiT, torchvision and Hugging Face in, ours out to timm and torchvision.
+  Weights    pretrained ViTs of timm, DeiT, torchvision and Hugging Face in, ours out to timm and torchvision; GPT-2 likewise.
   Training   one optimiser over many steps: schedule, gradients, log, checkpoint, resume.
 
 Nothing here has an equation number of either paper, and nothing here knows a dataset. There is no trainer class that

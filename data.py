@@ -1,4 +1,5 @@
-"""Images: the drawn mini visual decathlon (nothing to download), folders of images, and batches of both.
+"""All data: the drawn mini visual decathlon and four drawn text tasks (nothing to download), folders of images, real
+datasets of images and text, and batches of all of them.
 
 | task       | echo of                           | classes | train / val / test     |
 |------------|-----------------------------------|---------|------------------------|

@@ -1,12 +1,13 @@
-"""TAL, Task-Aware Learngene (Xu et al., ICML 2025): one hypernetwork that predicts the initial parameters of ViTs of
-any size for any task, trained under a pretrained "ancestry" model and tuned on many tasks at once.
+"""TAL, Task-Aware Learngene (Xu et al., ICML 2025): one hypernetwork that predicts the initial parameters of ViTs and
+GPT-2s of any size for any task, trained under a pretrained "ancestry" model and tuned on many tasks at once.
 
     python tal.py --stage pretrain      # data, ancestry and hypernetwork from nothing: minutes on two cores
     python tal.py --stage tune          # ... and tuned on nine tasks; prints the accuracy of untrained networks
     python tal.py --stage customize --data my_images/ --depth 6 --output vit.pt
+    python tal.py --modality text       # the same for GPT-2s and four tasks of text
 
-The paper's claims that this file measures: Tables 1, 2 (untrained), 3, 5 (trained on), 7, 8 (ablations), Fig. 3.
-Left out: GPT-2 (Table 6). D1, D2, ... mark decisions where paper and released code differ or are silent; README lists them.
+The paper's claims that this file measures: Tables 1, 2, 6 (untrained), 3, 5 (trained on), 7, 8, 9 (ablations), Fig. 3.
+D1, D2, ... mark decisions where paper and released code differ or are silent; README lists them.
 
     paper            here                 meaning
     f^G = (V, E)     Graph                computational graph; V nodes

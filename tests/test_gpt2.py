@@ -157,7 +157,7 @@ def test_same_as_transformers(tmp_path):
     net = random_weights(GPT2(SMALL))
     export_gpt2(net, tmp_path / "net.bin")
     theirs = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**about, num_labels=3)).eval()
-    theirs.load_state_dict(torch.load(tmp_path / "net.bin", weights_only=True), strict=False)
+    theirs.load_state_dict(torch.load(tmp_path / "net.bin", weights_only=True), strict=True)
     torch.testing.assert_close(theirs(padded(TEXTS)).logits, net(padded(TEXTS)), atol=1e-4, rtol=1e-4)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**about)).eval()
     torch.save(theirs.state_dict(), tmp_path / "lm.bin")
