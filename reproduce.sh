@@ -334,5 +334,5 @@ if [[ " ${parts[*]} " == *" data "* ]]; then
     python data.py --output results/contact_sheet.png
     python data.py --difficulty | tee results/difficulty.md
 fi
-if [[ -f results/tables.py ]]; then python results/tables.py "$out"; fi
+python results/tables.py "$out"
 [[ " ${state[*]} " != *failed* ]]
