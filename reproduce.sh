@@ -222,7 +222,7 @@ table() {   # table PART: the cells of a table or figure
             # Random parameters, as many images of each task as tuning showed of it: one network.
             tal 1.7 "" "direct-s$seed" --stage train --method random --seed "$seed" --train-images tune "${budget[@]}"
             # The same with TAL's start, LoGAH's, and with weights selected from the ancestry, on few images; then tasks new to all.
-            for images in 1000 4000; do
+            for images in 4000 $([[ " $once " == *" $seed "* ]] && echo 1000); do
                 flags=(--stage train --seed "$seed" --data "$nine" $(train "$images" $((images / 200))))
                 tal 0.5 "" "random-s$seed/images-$images" --method random "${flags[@]}"
                 tal 0.5 "" "tal-s$seed" "${flags[@]}"
