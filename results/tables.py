@@ -19,9 +19,13 @@ NINE = {"aircraft": "Airc.", "objects": "C100", "pedestrian": "DPed", "textures"
         "motion": "UCF", "flowers": "Flwr"}                                            # drawn task: the one it stands for
 UNSEEN = {"clothing": "F-MNIST", "faces": "FER2013", "lesions": "HAM10000"}
 TEXT = {"paraphrases": "MRPC", "paraphrases F1": "MRPC F1", "acceptability": "CoLA", "entailment": "RTE", "sentiment": "IMDB"}
+REAL = {"imagenet": "base", "fashion-mnist": "clothing", "fer2013": "faces", "ham10000": "lesions", **dict(zip((
+    f"decathlon/{d}" for d in ("aircraft", "cifar100", "daimlerpedcls", "dtd", "gtsrb", "omniglot", "svhn", "ucf101", "vgg-flowers")), NINE))}    # its rows
 METHODS = {"ghn3": "GHN-3", "logah": "LoGAH", "tal": "TAL", "tal+": "TAL+"}
 SIZES = [f"{depth}-{size}" for size in ("Tiny", "Small", "Base") for depth in (3, 6, 12)]
+DEPTHS = ["3 (6) layers", "6 (9) layers", "9 (12) layers"]
 WIDTHS = {"Tiny": 32, "Small": 48, "Base": 64}                                         # of the drawn networks, patch 8, 32 px
+TWELVE = {"12x32": "12-Tiny", "12x48": "12-Small", "12x192": "12-Tiny", "12x384": "12-Small"}       # drawn, and the paper's
 STARTS = {"prefine": "Pre-Fine", "scratch": "From Scratch", "heur": "Heur-Learngene", "auto": "Auto-Learngene", "peg": "PEG", "tleg": "TLEG",
           "adaptive": "Adapt-Learngene", "weight-selection": "weight selection", "all": "all learngenes"}
 
@@ -73,7 +77,7 @@ PAPER = {
     "al-1": ("mean", """Tiny, Pre-Fine 79.89; Tiny, From Scratch 65.10; Tiny, Heur-Learngene 70.88; Tiny, Auto-Learngene 75.91; Tiny, PEG 79.66;
         Tiny, Adapt-Learngene 80.47; Small, Pre-Fine 86.04; Small, From Scratch 72.63; Small, Heur-Learngene 77.65; Small, Auto-Learngene 80.87;
         Small, PEG 84.91; Small, Adapt-Learngene 85.78"""),                             # means of its six columns; it has no TLEG on two of them
-    "al-2": ("FromScratch PEG TLEG Ours", "3 layers 64.91 64.94 69.5 70.21; 6 layers 67.02 69.49 73.2 74.22; 9 layers 68.56 70.24 75.1 75.92"),   # its Small: 6, 9, 12
+    "al-2": ("FromScratch PEG TLEG Ours", "3 (6) layers 64.91 64.94 69.5 70.21; 6 (9) layers 67.02 69.49 73.2 74.22; 9 (12) layers 68.56 70.24 75.1 75.92"),   # its Small
     "al-3": ("mIoU", "Pre-Fine 47.08; Heur-Learngene 40.12; PEG 48.30; Adapt-Learngene 55.63"),
     "al-4": ("CIFAR10 CIFAR100 Food-101", "Small, All 95.79 82.59 87.42; Small, Num 3 4 3; Small, Ours 94.19 79.49 85.44"),
 }
@@ -99,6 +103,7 @@ def records(out, pattern, stage):
     for path in sorted(out.glob(f"{pattern}/log.jsonl")):
         for r in map(json.loads, path.read_text().splitlines()):
             if r["stage"] == stage:
+                r["task"] = REAL.get(r.get("task"), r.get("task"))
                 found[tuple(str(r.get(k)) for k in ("task", "network", "images", "method", "seed", "size", "draw", "learngene", "search")), path] = r | {"run": path.parent.name}
     return list(found.values())
 
@@ -110,7 +115,8 @@ def seed_of(path):
 def untrained(out, folder, stage="evaluate"):
     """[(seed, {size: {task: accuracy}})]: networks of predicted parameters."""
     paths = sorted(out.glob(f"{folder}-s[0-9]*/untrained-{stage}-test.json"))
-    return [(seed_of(p.parent), {size.rstrip("*"): row for size, row in json.loads(p.read_text()).items()}) for p in paths]
+    named = lambda row: {REAL.get(task, task): accuracy for task, accuracy in row.items()}
+    return [(seed_of(p.parent), {size.rstrip("*"): named(row) for size, row in json.loads(p.read_text()).items()}) for p in paths]
 
 
 def tal_1(out):
@@ -118,7 +124,7 @@ def tal_1(out):
         for seed, table in untrained(out, method, "pretrain"):
             yield from ((f"{size}, untrained", name, seed, table[size]["base"]) for size in ("12-Tiny", "12-Small", "12-Base"))
         for r in records(out, f"{method}-s[0-9]*", "train"):
-            size = {"12x32": "12-Tiny", "12x48": "12-Small"}.get(r["network"])
+            size = TWELVE.get(r["network"])
             if r["task"] == "base" and size:
                 yield f"{size}, trained", name, r["seed"], r["trained"]
 
@@ -133,7 +139,7 @@ def tal_2(out, methods=METHODS, sizes=SIZES):
 def tal_3(out):
     for method, name in {"random": "RandInit", **METHODS}.items():
         for r in records(out, f"{method}-s[0-9]*" + ("/trained" if method == "random" else ""), "train"):
-            size = {"12x32": "12-Tiny", "12x48": "12-Small"}.get(r["network"])
+            size = TWELVE.get(r["network"])
             if r["task"] in NINE and size:
                 yield f"{size}, {name}", r["task"], r["seed"], r["trained"]
 
@@ -161,9 +167,10 @@ def tal_4(out):
 def tal_5(out):
     starts = {"random-s[0-9]*/unseen-*": "RandInit", "logah-s[0-9]*": "LoGAH", "tal-s[0-9]*": "TAL"}
     for pattern, name in starts.items():
-        for r in records(out, pattern, "train"):
-            if r["task"] in UNSEEN and r["network"] == "3x48":
-                yield f"{r['task']}, {'short' if r['images'] < 10000 else 'long'}", name, r["seed"], r["trained"]
+        trained = [r for r in records(out, pattern, "train") if r["task"] in UNSEEN and r["network"] in ("3x48", "3x192")]
+        for r in trained:
+            most = max(int(other["images"]) for other in trained if other["task"] == r["task"])
+            yield f"{r['task']}, {'long' if int(r['images']) == most else 'short'}", name, r["seed"], r["trained"]
 
 
 def tal_6(out):
@@ -216,8 +223,12 @@ def al_1(out):
 
 
 def al_2(out):
+    """Rows by layers here and, in brackets, in the paper's Small: its ancestry has 12 layers, the drawn one 6."""
+    names = {"scratch": "FromScratch", "adaptive": "Ours"}
     for r in records(out, "table2-*-s[0-9]*", "train"):
-        yield f"{r['depths'][0]} layers", {"scratch": "FromScratch", "adaptive": "Ours"}.get(r["method"], STARTS[r["method"]]), r["seed"], r["accuracy"]
+        here, small = r["depths"][0], "" if r["size"].endswith("small") else f"{r['size'].title()}, "
+        row = f"{here} ({here + 3}) layers" if r["size"].startswith("drawn") else f"{small}{here - 3} ({here}) layers"
+        yield row, names.get(r["method"]) or STARTS[r["method"]], r["seed"], r["accuracy"]
 
 
 def al_3(out):
@@ -450,8 +461,8 @@ def adaptive_tables(results):
              "the baselines (seed 0, shared) has seen 400,000 images of all 80 classes at once.", *machine(results)]
     lines += ["", "## Table 1: six tasks, 8,000 images each (Tiny: 4,000); the paper's number is the mean of its own six"]
     lines += printed(t["al-1"], [f"{size}, {name}" for size in ("Tiny", "Small") for name in order if (f"{size}, {name}", "kinds") in t["al-1"]], tasks, mean="mean")
-    lines += ["", "## Table 2: depths, the wide task, 8,000 images (here 3, 6, 9 layers, in the paper's Small 6, 9, 12; the ancestry has 6 and 12)"]
-    lines += printed(t["al-2"], ["3 layers", "6 layers", "9 layers"], ["FromScratch", "PEG", "TLEG", "Ours"])
+    lines += ["", "## Table 2: depths, the wide task, 8,000 images: layers here (in the paper's Small); the ancestry has 6 (12)"]
+    lines += printed(t["al-2"], DEPTHS, ["FromScratch", "PEG", "TLEG", "Ours"])
     lines += ["", "## Table 3: segmentation of drawn scenes, mIoU after 4,000 images"]
     lines += printed(t["al-3"], [n for n in order if (n, "mIoU") in t["al-3"]], ["mIoU"])
     lines += ["", "## Table 4: the fewest learngenes that keep 95 % of what all ten give; the paper's CIFAR10, CIFAR100, Food-101 in brackets"]
@@ -567,7 +578,7 @@ def claims(results):
     faster = {s: math.log(scratch[s] / (ours[s] or 1.1)) for s in ours if s in scratch}                # never: later than the end
     few = lambda k: less(t["al-4"].mean([f"{k} learngene{'s' * (k > 1)}"], near), {s: 0.95 * v for s, v in t["al-4"].mean(["Small, All"], near).items()})
     rivals = ("FromScratch", "PEG", "TLEG")
-    depths = {r: less(t["al-2"].mean(["3 layers", "6 layers", "9 layers"], ["Ours"]), t["al-2"].mean(["3 layers", "6 layers", "9 layers"], [r])) for r in rivals}
+    depths = {r: less(t["al-2"].mean(DEPTHS, ["Ours"]), t["al-2"].mean(DEPTHS, [r])) for r in rivals}
     forgotten = [(c, v) for (row, c), v in t["al-pool"].items() if c in ("kept", "compared")]
     kept, compared = (sum(sum(v.values()) for c, v in forgotten if c == name) for name in ("kept", "compared"))
     made = [
@@ -753,6 +764,11 @@ def figures(results):
         save(figure, "al-fig4.png")
 
 
+def of_data(text, results):
+    """Pages say whose data they are about."""
+    return text.replace("drawn data", "the papers' data") if results.parent.name == "paper" else text
+
+
 def with_missing(lines):
     """The lines and, at the end, which of their rows have cells that were not run."""
     missing, title = {}, ""
@@ -766,10 +782,10 @@ def with_missing(lines):
 
 def write(results, readme=None):
     """Everything that follows from the .csv files."""
-    (results / "tal.md").write_text(with_missing(tal_tables(results)))
-    (results / "adaptive.md").write_text(with_missing(adaptive_tables(results)))
+    (results / "tal.md").write_text(of_data(with_missing(tal_tables(results)), results))
+    (results / "adaptive.md").write_text(of_data(with_missing(adaptive_tables(results)), results))
     (results / "alternatives.md").write_text("\n".join(alternative_tables(results)) + "\n")
-    table = "\n".join(claim_table(results))
+    table = of_data("\n".join(claim_table(results)), results)
     (results / "claims.md").write_text("# Which claims hold\n\n" + table + "\n")
     with open(results / "claims.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("paper", "where", "claim", "unit", "effect", "low", "high", "seeds", "verdict"), *judged(results)])
