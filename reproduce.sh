@@ -299,23 +299,26 @@ print(f"# {datetime.datetime.now():%Y-%m-%d %H:%M}, commit {sys.argv[1]}, {cpu o
 PY
 
 run() {     # run CELL, in the background; a finished one is noted in done, with its very flags
-    local name=${names[$1]} command=${commands[$1]} folder=$out/${names[$1]} start
-    mkdir -p "$folder" && rm -f "$folder/failed"
+    local name=${names[$1]} command=${commands[$1]} folder=$out/${names[$1]}
+    mkdir -p "$folder"
     # TAL-st of Table 7 is tuned from the pretraining that TAL was tuned from
     if [[ $name == st-* && ! -f $folder/pretrain.pt ]]; then cp "$out/${needs[$1]}/pretrain.pt" "$folder/"; fi
     (
         start=$(date +%s)
-        if $launcher $command --output "$folder" > "$folder/$start.txt" 2> "$folder/errors.txt"; then
-            echo "$command" >> "$folder/done"
+        $launcher $command --output "$folder" > "$folder/$start.txt" 2> "$folder/errors.txt" &
+        trap 'kill %1; exit 1' TERM
+        if wait %1; then
             echo "$(awk "BEGIN { printf \"%.1f\", ($(date +%s) - $start) / 60 }") $name $command" >> "$out/run.txt"
+            echo "$command" >> "$folder/done"
         else
-            touch "$folder/failed"
             echo "error: $name failed, see $folder/errors.txt" >&2
         fi
     ) &
+    pids[$1]=$!
 }
+trap 'kill $(jobs -rp) 2> /dev/null; exit 130' INT TERM               # what runs stops, and goes on from its checkpoint next time
 
-state=()    # of a cell: nothing yet, running, done, failed
+state=() pids=()        # state of a cell: nothing yet, running, done, failed
 ready() {   # are the cells done that this one needs, and the earlier ones of its own folder? (2: one of them failed)
     local j
     for (( j = 0; j < $1; j++ )); do
@@ -329,7 +332,8 @@ for i in "${!names[@]}"; do if finished "$i"; then state[i]=done; else state[i]=
 while [[ " ${state[*]/#/x} " == *" x "* || " ${state[*]} " == *running* ]]; do
     for i in "${!names[@]}"; do
         if [[ ${state[i]} == running ]]; then
-            if finished "$i"; then state[i]=done; elif [[ -f $out/${names[i]}/failed ]]; then state[i]=failed; fi
+            kill -0 "${pids[i]}" 2> /dev/null && continue
+            if finished "$i"; then state[i]=done; else state[i]=failed; fi
         fi
     done
     for i in "${!names[@]}"; do

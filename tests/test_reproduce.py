@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,12 @@ import tables  # noqa: E402
 # ----------------------------------------------------------------------------------------------------------------------
 
 STUB = """
-import pathlib, sys
+import os, pathlib, sys, time
 with open("order.txt", "a") as file:
     print(*sys.argv[1:], file=file)
+if pathlib.Path("slow").exists():
+    pathlib.Path("slow").write_text(str(os.getpid()))
+    time.sleep(60)
 sys.exit(pathlib.Path("broken").exists() and "evaluate" in sys.argv)
 """
 
@@ -43,8 +47,9 @@ def recipe(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("SEEDS", "ONCE", "SMOKE", "JOBS")}
     env |= {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
 
-    def run(*words, **more):
-        return subprocess.run(["bash", str(tmp_path / "reproduce.sh"), *words], env={**env, **more}, capture_output=True, text=True)
+    def run(*words, start=False, **more):
+        how = dict(env={**env, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return (subprocess.Popen if start else subprocess.run)(["bash", str(tmp_path / "reproduce.sh"), *words], **how)
     return run
 
 
@@ -96,6 +101,22 @@ def test_after_a_failure_the_cells_that_need_it_are_left_out(recipe, tmp_path):
     (tmp_path / "runs" / "drawn" / "tal-s0" / "pretrain.pt").touch()                    # what the real one writes
     assert recipe("tal-7", SEEDS="0").returncode == 0
     assert (tmp_path / "runs" / "drawn" / "st-flowers-s0" / "pretrain.pt").exists()     # TAL-st goes on from TAL's pretraining
+
+
+def test_a_stopped_recipe_leaves_nothing_running(recipe, tmp_path):
+    """Stopped, it stops what it started; the cell is not taken for done."""
+    (tmp_path / "slow").touch()
+    script = recipe("tal-fig3", SEEDS="0", start=True)
+    while not (tmp_path / "slow").read_text():
+        assert script.poll() is None
+        time.sleep(0.05)
+    script.terminate()
+    assert script.wait() == 130
+    with pytest.raises(ProcessLookupError):
+        for _ in range(600):                                                            # it is told, and goes
+            os.kill(int((tmp_path / "slow").read_text()), 0)
+            time.sleep(0.05)
+    assert "done" not in recipe("--dry-run", "tal-fig3", SEEDS="0").stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------------
