@@ -17,14 +17,12 @@
 # other baselines, ablations and sizes, segmentation and Swin have one (ONCE), and al-pool is left out. ONCE="0 1 2" repeats all.
 set -euo pipefail
 cd "$(dirname "$0")"
-seeds=${SEEDS:-0 1 2}
-first=${seeds%% *}
-once=${ONCE:-$first}
-jobs=${JOBS:-2}
 mode=drawn dry='' parts=()
 for word in "$@"; do case $word in --dry-run) dry=1 ;; paper) mode=paper ;; *) parts+=("$word") ;; esac; done
 if [[ ${SMOKE:-} ]]; then mode=smoke; fi
 out=runs/$mode
+if [[ $mode == paper ]]; then seeds=${SEEDS:-0} jobs=${JOBS:-1}; else seeds=${SEEDS:-0 1 2} jobs=${JOBS:-2}; fi
+once=${ONCE:-${seeds%% *}}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: what the drawn data, the papers' data and a smoke test differ in
@@ -46,7 +44,7 @@ elif [[ $mode == paper ]]; then
     common=(--preset paper --data-dir "$DATA" --ancestry "$ANCESTRY") budget=() few=(--preset paper --data-dir "$DATA") tail=()
     nine=$(printf 'decathlon/%s,' aircraft cifar100 daimlerpedcls dtd gtsrb omniglot svhn ucf101 vgg-flowers); nine=${nine%,}
     near=cifar10,cifar100,food101 six=cifar100,cifar10,food101,cars,flowers102-trainval curve=cifar100 wide=imagenet scenes=ade20k
-    unseen=fashion-mnist,fer2013,ham10000 base=imagenet tiny=tiny small=small swin=swin-tiny depths="6 9 12" jobs=${JOBS:-1}
+    unseen=fashion-mnist,fer2013,ham10000 base=imagenet tiny=tiny small=small swin=swin-tiny depths="6 9 12"
 fi
 
 train() {   # train IMAGES EPOCHS: how long a network trains, in images on drawn data, in epochs in the paper
@@ -62,7 +60,7 @@ names=() minutes=() needs=() commands=()
 cell() {    # cell MINUTES "NEEDED CELLS" NAME PROGRAM FLAGS...; cells of one name run one after another
     local i
     for i in "${!names[@]}"; do if [[ ${names[i]} == "$3" && ${commands[i]} == "${*:4}" ]]; then return; fi; done
-    minutes+=("$1") needs+=("$2") names+=("$3") commands+=("${*:4}")
+    minutes+=("$([[ $mode == drawn ]] && echo "$1" || echo 0)") needs+=("$2") names+=("$3") commands+=("${*:4}")
 }
 
 tal() { cell "$1" "$2" "$3" tal.py "${common[@]}" "${@:4}"; }             # under the shared ancestry
@@ -96,14 +94,13 @@ pools() {   # pools SIZE SEEDS: ten class subsets of the wide task, one learngen
 }
 
 source_of() {   # source_of SIZE: the ancestors of the baselines, on as many images as a pool; in one folder, one after another
-    if [[ $1 == "$small" ]]; then al 18 "" source --stage pretrain --size "$small" --method tleg,weight-selection; fi
-    if [[ $1 == "$tiny" ]]; then al 5.5 "" source --stage pretrain --size "$tiny" --method tleg,weight-selection; fi
+    al "$([[ $1 == "$small" ]] && echo 18 || echo 5.5)" "" source --stage pretrain --size "$1" --method "tleg$([[ $1 == base ]] || echo ,weight-selection)"
 }
 
 of() { echo --seed "$1" --pool "$out/small-s$1/pool" --source "$out/source"; }     # of SEED: its pool and the baselines' ancestors
 
 table() {   # table PART: the cells of a table or figure
-    local seed method size task images epochs cost name flags k depth init
+    local seed method size task images epochs cost name flags k depth init net nets
     case $1 in
     tal-1)  # the base task: untrained as pretrained, then trained on
         untrained ghn3 logah tal tal+
@@ -128,21 +125,21 @@ table() {   # table PART: the cells of a table or figure
     tal-4) untrained ghn3 logah tal tal+ ;;                               # training time: what these log
     tal-5)  # unseen tasks, a short and a long training, one rate and a fresh head for all
         untrained logah tal
-        for images in 4000 40000; do for seed in $seeds; do
+        nets=("") && if [[ $mode == paper ]]; then nets=("--size tiny --depth 3" "--size small --depth 6"); fi
+        for images in 4000 40000; do for seed in $seeds; do for net in "${nets[@]}"; do
             cost=$([[ $images == 4000 ]] && echo 0.2 || echo 0.9)
-            flags=(--stage train --seed "$seed" --data "$unseen" $(train $images $((images == 4000 ? 5 : 100))))
-            if [[ $mode == paper ]]; then flags+=(--size tiny --depth 3); fi
+            flags=(--stage train --seed "$seed" --data "$unseen" $(train $images $((images == 4000 ? 5 : 100))) $net)
             tal $cost "" "random-s$seed/unseen-$images" --method random "${flags[@]}"
             tal $cost "" "tal-s$seed" --fresh-head "${flags[@]}"
             tal $cost "" "logah-s$seed" --method logah --source pretrain "${flags[@]}"
-        done; done ;;
+        done; done; done ;;
     tal-6)  # text: one TAL for all four tasks, one LoGAH for each, which the paper trains 2.5 times as long
         if [[ $mode != paper ]]; then cell 6 "" text-ancestry tal.py --modality text --stage ancestry "${texts[@]}"; fi
         for seed in $seeds; do
             flags=(--modality text --stage evaluate --seed "$seed" "${texts[@]}")
             cell 6 text-ancestry "text-tal-s$seed" tal.py "${flags[@]}" --ancestry "$gpt2" --tune-epochs "${text_epochs[0]}"
             for task in $text_tasks; do
-                cell 3 "" "text-logah-$task-s$seed" tal.py "${flags[@]}" --method logah --tune-tasks "$task" --tune-epochs "${text_epochs[1]}"
+                cell 2.5 "" "text-logah-$task-s$seed" tal.py "${flags[@]}" --method logah --tune-tasks "$task" --tune-epochs "${text_epochs[1]}"
             done
         done ;;
     tal-7)  # from the same pretraining, tuned on one task alone
@@ -163,13 +160,26 @@ table() {   # table PART: the cells of a table or figure
         for seed in $once; do
             al 3.3 "tiny-s$seed source" "table1-tiny-s$seed" --stage train --size "$tiny" --seed "$seed" --pool "$out/tiny-s$seed/pool" --source "$out/source" \
                 --data "$six" --method adaptive,scratch,prefine,heur,auto,peg,tleg,weight-selection $(train 4000 500)
-        done ;;
+        done
+        if [[ $mode == paper ]]; then
+            for seed in $once; do for size in small tiny; do
+                al 0 "$size-s$seed source" "table1-$size-s$seed" --stage train --size "$size" --seed "$seed" --pool "$out/$size-s$seed/pool" --source "$out/source" \
+                    --data inaturalist2019 --method adaptive,all,scratch,prefine,heur,auto,peg,tleg --train-epochs 100
+            done; done
+        fi ;;
     al-2)   # TALS looks at 1 % of this task, which are as many images as elsewhere
         pools "$small" "$once"; source_of "$small"
         for seed in $once; do for depth in $depths; do
             al 1.1 "small-s$seed source" "table2-$depth-s$seed" --stage train $(of "$seed") --depth "$depth" --data "$wide" --method scratch,peg,tleg,adaptive \
                 --reward-share 0.01 $(train 8000 50)
-        done; done ;;
+        done; done
+        if [[ $mode == paper ]]; then
+            for size in tiny base; do pools "$size" "$once"; source_of "$size"; done
+            for seed in $once; do for net in tiny:6 tiny:9 tiny:12 base:6 base:7 base:8 base:9 base:10 base:12; do
+                al 0 "${net%:*}-s$seed source" "table2-${net/:/-}-s$seed" --stage train --size "${net%:*}" --seed "$seed" --pool "$out/${net%:*}-s$seed/pool" \
+                    --source "$out/source" --depth "${net#*:}" --data "$wide" --method scratch,peg,tleg,adaptive --reward-share 0.01 --train-epochs 50
+            done; done
+        fi ;;
     al-3)
         pools "$small" "$once"; source_of "$small"
         for seed in $once; do
@@ -227,7 +237,7 @@ table() {   # table PART: the cells of a table or figure
             # Random parameters, as many images of each task as tuning showed of it: one network.
             tal 1.7 "" "direct-s$seed" --stage train --method random --seed "$seed" --train-images tune "${budget[@]}"
             # The same with TAL's start, LoGAH's, and with weights selected from the ancestry, on few images; then tasks new to all.
-            for images in 1000 4000; do
+            for images in 4000 $([[ " $once " == *" $seed "* ]] && echo 1000); do
                 flags=(--stage train --seed "$seed" --data "$nine" $(train "$images" $((images / 200))))
                 tal 0.5 "" "random-s$seed/images-$images" --method random "${flags[@]}"
                 tal 0.5 "" "tal-s$seed" "${flags[@]}"
@@ -269,6 +279,7 @@ if [[ $dry ]]; then
         echo "${minutes[i]} $state ${names[i]} ${commands[i]}"
     done | awk -v jobs="$jobs" '{ printf "%5.1f min  %s  %-26s", $1, $2, $3; for (i = 4; i <= NF; i++) printf " %s", $i; print ""; sum += $1; left += ($2 == "todo") * $1 }
         END { printf "%d cells, %.0f minutes of one core, %.0f of them still to do: about %.0f minutes with %d at a time\n", NR, sum, left, left / jobs, jobs }'
+    if [[ $mode == paper ]]; then echo "How long full runs take is under \"In full\" in the README."; fi
     exit
 fi
 
@@ -292,23 +303,26 @@ print(f"# {datetime.datetime.now():%Y-%m-%d %H:%M}, commit {sys.argv[1]}, {cpu o
 PY
 
 run() {     # run CELL, in the background; a finished one is noted in done, with its very flags
-    local name=${names[$1]} command=${commands[$1]} folder=$out/${names[$1]} start
-    mkdir -p "$folder" && rm -f "$folder/failed"
+    local name=${names[$1]} command=${commands[$1]} folder=$out/${names[$1]}
+    mkdir -p "$folder"
     # TAL-st of Table 7 is tuned from the pretraining that TAL was tuned from
     if [[ $name == st-* && ! -f $folder/pretrain.pt ]]; then cp "$out/${needs[$1]}/pretrain.pt" "$folder/"; fi
     (
         start=$(date +%s)
-        if $launcher $command --output "$folder" > "$folder/$start.txt" 2> "$folder/errors.txt"; then
-            echo "$command" >> "$folder/done"
+        $launcher $command --output "$folder" > "$folder/$start.txt" 2> "$folder/errors.txt" &
+        trap 'kill %1; exit 1' TERM
+        if wait %1; then
             echo "$(awk "BEGIN { printf \"%.1f\", ($(date +%s) - $start) / 60 }") $name $command" >> "$out/run.txt"
+            echo "$command" >> "$folder/done"
         else
-            touch "$folder/failed"
             echo "error: $name failed, see $folder/errors.txt" >&2
         fi
     ) &
+    pids[$1]=$!
 }
+trap 'kill $(jobs -rp) 2> /dev/null; exit 130' INT TERM               # what runs stops, and goes on from its checkpoint next time
 
-state=()    # of a cell: nothing yet, running, done, failed
+state=() pids=()        # state of a cell: nothing yet, running, done, failed
 ready() {   # are the cells done that this one needs, and the earlier ones of its own folder? (2: one of them failed)
     local j
     for (( j = 0; j < $1; j++ )); do
@@ -322,7 +336,8 @@ for i in "${!names[@]}"; do if finished "$i"; then state[i]=done; else state[i]=
 while [[ " ${state[*]/#/x} " == *" x "* || " ${state[*]} " == *running* ]]; do
     for i in "${!names[@]}"; do
         if [[ ${state[i]} == running ]]; then
-            if finished "$i"; then state[i]=done; elif [[ -f $out/${names[i]}/failed ]]; then state[i]=failed; fi
+            kill -0 "${pids[i]}" 2> /dev/null && continue
+            if finished "$i"; then state[i]=done; else state[i]=failed; fi
         fi
     done
     for i in "${!names[@]}"; do
@@ -339,5 +354,5 @@ if [[ " ${parts[*]} " == *" data "* ]]; then
     python data.py --output results/contact_sheet.png
     python data.py --difficulty | tee results/difficulty.md
 fi
-if [[ -f results/tables.py ]]; then python results/tables.py "$out"; fi
+python results/tables.py "$out"
 [[ " ${state[*]} " != *failed* ]]
