@@ -2,8 +2,6 @@
 import argparse
 import json
 import math
-import signal
-import time
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ import data
 import tal
 from common import GPT2, GPT2Config, export_gpt2, load_gpt2, write_safetensors
 from test_common import assert_same_run, log_of, refuses, snapshot
-from test_tal import CPU, finish, reached, start
+from test_tal import CPU, finish, kill_when, reached
 
 SMALL = GPT2Config(vocab=50, context=12, width=16, depth=2, heads=4, num_classes=3)
 
@@ -276,14 +274,7 @@ def test_text_killed_and_in_two_processes(tuned_text, tmp_path):
     kills = [lambda: reached(tmp_path / "parts", "ancestry", 2), lambda: reached(tmp_path / "parts", "tune", 2),
              lambda: reached(tmp_path / "parts", "tune", 6)]
     for now in kills:
-        process = start([*shared, "--output", tmp_path / "parts"], tmp_path / "out")
-        try:
-            while not now():
-                assert process.poll() is None, (tmp_path / "out").read_text()[-3000:]
-                time.sleep(0.001)
-        finally:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_when(now, [*shared, "--output", tmp_path / "parts"], tmp_path / "out")
     finish([*shared, "--output", tmp_path / "parts"], tmp_path / "out")
     for stage in ("ancestry", "tune"):
         assert_same_run(tmp_path / "parts", tuned_text, stage)

@@ -918,6 +918,18 @@ def reached(folder, stage, step):
     return any(json.loads(line)["step"] >= step for line in lines)
 
 
+def kill_when(now, argv, log):
+    """Starts a run and kills it as soon as now() is true."""
+    process = start(argv, log)
+    try:
+        while not now():
+            assert process.poll() is None, Path(log).read_text()[-3000:]
+            time.sleep(0.001)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
 def test_killed_runs_end_as_if_never_stopped(drawn, tuned, tmp_path):
     """SIGKILL while pretraining, before and after checkpoints of the tuning, in the second epoch of a task, and while a
     checkpoint is being written; with another number of workers every time. Bitwise the same weights, the same log."""
@@ -928,14 +940,7 @@ def test_killed_runs_end_as_if_never_stopped(drawn, tuned, tmp_path):
     kills = [lambda: reached(folder, "pretrain", 5), lambda: reached(folder, "tune", 5), lambda: reached(folder, "tune", 25),
              lambda: list(folder.glob(".tune.pt.*.tmp")) or reached(folder, "tune", 45)]
     for workers, now in enumerate(kills, 1):
-        process = start([*shared, "--output", folder, "--workers", workers], tmp_path / "out")
-        try:
-            while not now():
-                assert process.poll() is None, (tmp_path / "out").read_text()[-3000:]
-                time.sleep(0.001)
-        finally:
-            process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        kill_when(now, [*shared, "--output", folder, "--workers", workers], tmp_path / "out")
     finish([*shared, "--output", folder], tmp_path / "out")
     for stage, steps in (("pretrain", 12), ("tune", 60)):
         assert_same_run(folder, tmp_path / "whole", stage)
