@@ -14,7 +14,7 @@
 #
 # Two commands at a time (JOBS=2), one thread each. Run again, it goes on where it was stopped; what two tables share is made once.
 # To stay below two hours on two cores, only TAL and LoGAH, and Adaptive-Learngene and its baselines at Small, have three seeds (SEEDS);
-# other baselines, ablations and sizes, segmentation and Swin have one (ONCE), and al-pool is left out. ONCE="0 1 2" repeats all.
+# other baselines, ablations and sizes, text, segmentation and Swin have one (ONCE), and al-pool is left out. ONCE="0 1 2" repeats all.
 set -euo pipefail
 cd "$(dirname "$0")"
 mode=drawn dry='' parts=()
@@ -135,7 +135,7 @@ table() {   # table PART: the cells of a table or figure
         done; done; done ;;
     tal-6)  # text: one TAL for all four tasks, one LoGAH for each, which the paper trains 2.5 times as long
         if [[ $mode != paper ]]; then cell 6 "" text-ancestry tal.py --modality text --stage ancestry "${texts[@]}"; fi
-        for seed in $seeds; do
+        for seed in $once; do
             flags=(--modality text --stage evaluate --seed "$seed" "${texts[@]}")
             cell 6 text-ancestry "text-tal-s$seed" tal.py "${flags[@]}" --ancestry "$gpt2" --tune-epochs "${text_epochs[0]}"
             for task in $text_tasks; do
