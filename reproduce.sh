@@ -133,15 +133,18 @@ table() {   # table PART: the cells of a table or figure
             tal $cost "" "tal-s$seed" --fresh-head "${flags[@]}"
             tal $cost "" "logah-s$seed" --method logah --source pretrain "${flags[@]}"
         done; done; done ;;
-    tal-6)  # text: one TAL for all four tasks, one LoGAH for each, which the paper trains 2.5 times as long
+    tal-6)  # text: one TAL for all four tasks; one LoGAH for each, as long, and as the paper has it 2.5 times as long; training from random parameters
         if [[ $mode != paper ]]; then cell 6 "" text-ancestry tal.py --modality text --stage ancestry "${texts[@]}"; fi
         for seed in $once; do
             flags=(--modality text --stage evaluate --seed "$seed" "${texts[@]}")
             cell 6 text-ancestry "text-tal-s$seed" tal.py "${flags[@]}" --ancestry "$gpt2" --tune-epochs "${text_epochs[0]}"
             for task in $text_tasks; do
+                cell 1 "" "text-logah-equal-$task-s$seed" tal.py "${flags[@]}" --method logah --tune-tasks "$task" --tune-epochs "${text_epochs[0]}"
                 cell 2.5 "" "text-logah-$task-s$seed" tal.py "${flags[@]}" --method logah --tune-tasks "$task" --tune-epochs "${text_epochs[1]}"
             done
-        done ;;
+        done
+        flags=(--modality text --stage train --method random --seed "$first" --data "${text_tasks// /,}" "${texts[@]}" $(train 60000 100))
+        cell 4 "" "text-random-s$first" tal.py "${flags[@]}" ;;
     tal-7)  # from the same pretraining, tuned on one task alone
         untrained tal
         for seed in $once; do for task in ${nine//,/ }; do

@@ -870,6 +870,7 @@ TEXT = {    # the defaults that differ under --modality text, (drawn, paper)
     "--ancestry-epochs": (8.0, 0.0),
     "--pretrain-epochs": (0.0, 0.0),
     "--tune-epochs": (6.0, 100.0),
+    "--tune-alpha": (0.9, 0.0),
     "--base-task": "",
     "--tune-tasks": (",".join(data.GRAMMAR), "mrpc,cola,rte,imdb"),
     "--archs": ("drawn-GPTs", "GPTs-1K"),
@@ -1220,10 +1221,11 @@ def train(run, args, machine):
                 net.load_state_dict(head, strict=False)
         elif args.method != "random":
             inherit(net, ancestry, task, args.method)
-        before = accuracy(net, task, args.split, machine.device)
+        score = lambda: scores(task, *predictions(net, task, args.split, machine.device))[task.name]
+        before = score()
         steps = training_steps(task, args, machine)
         train_on(run, args, machine, f"train-{task.name.strip('/').replace('/', '_')}-{name}-{steps}", net, task, steps, config)
-        after = accuracy(net, task, args.split, machine.device)
+        after = score()
         images = args.train_images or steps * args.batch_size
         run.print(f"{name} on {task.name}, {args.method}: {before:.2f} untrained, {after:.2f} after {images} images ({args.split})")
         run.log("train", task=task.name, network=name, method=args.method, seed=args.seed, images=images, lr=args.train_lr,
