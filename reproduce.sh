@@ -143,8 +143,8 @@ table() {   # table PART: the cells of a table or figure
                 cell 2.5 "" "text-logah-$task-s$seed" tal.py "${flags[@]}" --method logah --tune-tasks "$task" --tune-epochs "${text_epochs[1]}"
             done
         done
-        flags=(--modality text --stage train --method random --seed "$first" --data "${text_tasks// /,}" "${texts[@]}" $(train 60000 100))
-        cell 4 "" "text-random-s$first" tal.py "${flags[@]}" ;;
+        flags=(--modality text --stage train --method random --seed "${seeds%% *}" --data "${text_tasks// /,}" "${texts[@]}" $(train 60000 100))
+        cell 4 "" "text-random-s${seeds%% *}" tal.py "${flags[@]}" ;;
     tal-7)  # from the same pretraining, tuned on one task alone
         untrained tal
         for seed in $once; do for task in ${nine//,/ }; do
