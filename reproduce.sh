@@ -239,6 +239,8 @@ table() {   # table PART: the cells of a table or figure
         for seed in $seeds; do
             # Random parameters, as many images of each task as tuning showed of it: one network.
             tal 1.7 "" "direct-s$seed" --stage train --method random --seed "$seed" --train-images tune "${budget[@]}"
+        done
+        for seed in $once; do
             # The same with TAL's start, LoGAH's, and with weights selected from the ancestry, on few images; then tasks new to all.
             for images in 4000 $([[ " $once " == *" $seed "* ]] && echo 1000); do
                 flags=(--stage train --seed "$seed" --data "$nine" $(train "$images" $((images / 200))))
