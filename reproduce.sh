@@ -140,11 +140,11 @@ table() {   # table PART: the cells of a table or figure
             cell 6 text-ancestry "text-tal-s$seed" tal.py "${flags[@]}" --ancestry "$gpt2" --tune-epochs "${text_epochs[0]}"
             for task in $text_tasks; do
                 cell 1 "" "text-logah-equal-$task-s$seed" tal.py "${flags[@]}" --method logah --tune-tasks "$task" --tune-epochs "${text_epochs[0]}"
-                cell 2.5 "" "text-logah-$task-s$seed" tal.py "${flags[@]}" --method logah --tune-tasks "$task" --tune-epochs "${text_epochs[1]}"
+                cell 2.3 "" "text-logah-$task-s$seed" tal.py "${flags[@]}" --method logah --tune-tasks "$task" --tune-epochs "${text_epochs[1]}"
             done
         done
         flags=(--modality text --stage train --method random --seed "${seeds%% *}" --data "${text_tasks// /,}" "${texts[@]}" $(train 60000 100))
-        cell 4 "" "text-random-s${seeds%% *}" tal.py "${flags[@]}" ;;
+        cell 3.2 "" "text-random-s${seeds%% *}" tal.py "${flags[@]}" ;;
     tal-7)  # from the same pretraining, tuned on one task alone
         untrained tal
         for seed in $once; do for task in ${nine//,/ }; do
@@ -242,7 +242,7 @@ table() {   # table PART: the cells of a table or figure
         done
         for seed in $once; do
             # The same with TAL's start, LoGAH's, and with weights selected from the ancestry, on few images; then tasks new to all.
-            for images in 4000 $([[ " $once " == *" $seed "* ]] && echo 1000); do
+            for images in 1000 4000; do
                 flags=(--stage train --seed "$seed" --data "$nine" $(train "$images" $((images / 200))))
                 tal 0.5 "" "random-s$seed/images-$images" --method random "${flags[@]}"
                 tal 0.5 "" "tal-s$seed" "${flags[@]}"
@@ -250,8 +250,6 @@ table() {   # table PART: the cells of a table or figure
                 tal 0.5 ancestry "selection-s$seed" --method selection "${flags[@]}"
             done
             tal 0.2 ancestry "selection-s$seed" --method selection --stage train --seed "$seed" --data "$unseen" $(train 4000 5)
-        done
-        for seed in $once; do
             # As many images as take the time of TAL's whole pipeline (ancestry 204 s, both stages 328 s, at 3,300 images/s of 3-Small), shared
             # among its nine tasks; on every third of them.
             tal 3.2 "" "random-s$seed/equal" --stage train --method random --seed "$seed" --data "$(cut -d, -f1,4,7 <<< "$nine")" $(train 195000 900)
