@@ -964,11 +964,16 @@ def train_ancestry(run, args, machine):
         ((task, visit),) = schedule[step]
         x, y = tasks[task].batch("train", visit, args.batch_size, args.seed, args.augment and args.recipe, machine.rank, machine.world)
         with machine.autocast():
-            tokens = ancestry.encoder.tokens(x) if text else None
-            E = ancestry.encoder.last(tokens, x) if text else ancestry(x)
-            cls = loss_cls(y, ancestry.heads[tasks[task].name](E).float())
-            language = language_loss(x, ancestry.encoder.language(tokens).float()) if text else cls
-        job.update((cls + language) / 2, loss_cls=cls)
+            if text:
+                tokens = ancestry.encoder.tokens(x)                                  # (B, T, d')
+                E, following = ancestry.encoder.last(tokens, x), ancestry.encoder.language(tokens)
+            else:
+                E = ancestry(x)
+            logits = ancestry.heads[tasks[task].name](E)
+        loss = cls = loss_cls(y, logits.float())
+        if text:
+            loss = (cls + language_loss(x, following.float())) / 2
+        job.update(loss, loss_cls=cls)
     scores = {t.name: accuracy(lambda x: ancestry.heads[t.name](ancestry(x)), t, "val", machine.device) for t in tasks}
     run.print("ancestry, accuracy on val: " + ", ".join(f"{n} {a:.1f}" for n, a in scores.items()))
     return ancestry
@@ -1147,10 +1152,10 @@ def evaluate(run, args, machine, hypernet, ancestry, embeddings, tasks):
     for row in table.values():
         row["average"] = sum(row[n] for n in tasks) / len(tasks)
     run.print(f"untrained accuracy in percent, {args.split} split, method {args.method}, seed {args.seed} (* a size never trained on)")
-    run.print(" " * 10 + "".join(f"{c if len(c) < 16 else c[:9]:>16}" for c in row) if args.modality == "text" else
-              " " * 10 + "".join(f"{c[:9]:>10}" for c in row))
+    wide = 16 if args.modality == "text" else 10
+    run.print(" " * 10 + "".join(f"{c[:wide - 1]:>{wide}}" for c in row))
     for name, row in table.items():
-        run.print(f"{name:10}" + "".join(f"{a:{16 if args.modality == 'text' else 10}.2f}" for a in row.values()))
+        run.print(f"{name:10}" + "".join(f"{a:{wide}.2f}" for a in row.values()))
     if machine.rank == 0:
         write_atomically(run.dir / f"untrained-{args.stage}-{args.split}.json", lambda p: p.write_text(json.dumps(table, indent=1)))
 
@@ -1265,7 +1270,7 @@ def customize_stage(args, machine):
         run.print(f"this TAL predicts heads of at most {known} classes; for {task.num_classes} the head starts at random")
         torch.manual_seed(args.seed)
         head = network(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
-        head.load_state_dict({n: p for n, p in net.state_dict().items() if not n.startswith("head.")}, strict=False)
+        head.load_state_dict({n: p for n, p in net.state_dict().items() if not n.startswith(("head.", "score."))}, strict=False)
         net = head
     about = {"task": task.name, "method": args.method, "hypernet": hashlib.sha256(run["tune"].read_bytes()).hexdigest(), "seed": args.seed,
              **({} if text else {"mean": task.mean, "std": task.std}), "class_names": task.class_names, "chance": 100 / task.num_classes,
