@@ -12,6 +12,7 @@ import tal
 from common import GPT2, GPT2Config, export_gpt2, load_gpt2, write_safetensors
 from test_common import assert_same_run, log_of, refuses, snapshot
 from test_tal import CPU, finish, kill_when, reached
+from test_text import MERGES, gpt2_files
 
 SMALL = GPT2Config(vocab=50, context=12, width=16, depth=2, heads=4, num_classes=3)
 
@@ -270,7 +271,7 @@ def test_text_losses_by_hand(tuned_text):
 
 def test_text_killed_and_in_two_processes(tuned_text, tmp_path):
     """Killed in the ancestry, and twice while tuning: bitwise the run that was never stopped. Two processes: the same losses."""
-    shared = [*TEXT, "--stage", "tune"]
+    shared = [*TEXT, "--stage", "tune", "--data", "sentiment"]
     kills = [lambda: reached(tmp_path / "parts", "ancestry", 2), lambda: reached(tmp_path / "parts", "tune", 2),
              lambda: reached(tmp_path / "parts", "tune", 6)]
     for now in kills:
@@ -310,3 +311,20 @@ def test_bad_text_runs(flags, words, tuned_text, tuned, tmp_path, capsys):
 
 def test_images_do_not_start_from_text(tuned_text, capsys):
     refuses(capsys, lambda: tal.main(["--stage", "evaluate", "--output", str(tuned_text), "--device", "cpu"]), "modality 'text'")
+
+
+def test_published_gpt2_is_an_ancestry(tmp_path, capsys):
+    """A published file with the vocabulary it was trained with: what --preset paper asks for, small."""
+    folder = gpt2_files(tmp_path / "gpt2", MERGES)
+    published_net = random_weights(GPT2(GPT2Config(267, 128, 64, 1, 1)))
+    torch.save(published(published_net), tmp_path / "gpt2" / "pytorch_model.bin")
+    flags = [*TEXT, "--stage", "tune", "--tokens", str(folder), "--ancestry", str(tmp_path / "gpt2" / "pytorch_model.bin"), "--output", str(tmp_path / "run")]
+    tal.main(flags)
+    saved = torch.load(tmp_path / "run" / "tune.pt", weights_only=True)
+    assert saved["vocab"] == 267 and saved["ancestry_width"] == 64
+    task = data.load_texts(["sentiment"], context=64, tokens=str(folder))["sentiment"]
+    with torch.no_grad():
+        mean = published_net.encode(task.examples("train", 2000)[0]).mean(0)
+    torch.testing.assert_close(saved["extra"]["embeddings"]["sentiment"], 8 * mean / mean.norm(), atol=1e-4, rtol=1e-4)      # D4
+    refuses(capsys, lambda: tal.main([f for f in flags if f not in ("--tokens", str(folder))]), "knows 267 tokens", "257")
+    refuses(capsys, lambda: tal.main([*flags, "--context", "200"]), "texts of 128")
