@@ -968,10 +968,11 @@ import common, tal
 update = common.Training.update
 
 def dying(self, *loss, **values):
-    if self.step == 2:
-        open(os.path.join({folder!r}, os.environ["RANK"]), "w").write(str(os.getpid()))
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
+    if self.step == 0:                          # before the first exchange of gradients, which waits for both
+        with open(os.path.join({folder!r}, os.environ["RANK"]), "w") as file:
+            file.write(str(os.getpid()))
+    if self.step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
     return update(self, *loss, **values)
 
 common.Training.update = dying
