@@ -824,13 +824,13 @@ CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")       # GPT-2's publishe
 
 
 def load_gpt2(path, num_classes=0, say=print):
-    """(net, report): a GPT-2 from a published file (pytorch_model.bin, model.safetensors) or from one of this code.
+    """(net, report): a GPT-2 from a published file (pytorch_model.bin, model.safetensors) or one that export_gpt2 wrote.
 
     num_classes: 0 for the language model; a classifier keeps the file's `score` where that has as many, and gets a fresh one else.
     report: "loaded" (number of tensors), "unexpected" (names), "head" ("none", "kept" or "replaced").
     """
     weights, about = read_weights(path)
-    state = {re.sub(r"^(transformer|encoder)\.", "", name): t.float() for name, t in weights.items()
+    state = {name.removeprefix("transformer."): t.float() for name, t in weights.items()
              if not re.search(r"\.attn\.(masked_)?bias$", name)}                     # masks, which old files hold as buffers
     wte, wpe, first = (state.get(name, torch.empty(0)) for name in ("wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"))
     if wte.ndim != 2 or wpe.ndim != 2 or first.ndim != 2 or 3 * wte.shape[1] not in first.shape:
@@ -842,7 +842,7 @@ def load_gpt2(path, num_classes=0, say=print):
         fail(f"{path}: width {width} does not tell the number of heads; say \"heads\" in {Path(path).with_suffix('.json')}")
     depth = len({name.split(".")[1] for name in state if name.startswith("h.")})
     config = GPT2Config(len(wte), len(wpe), width, depth, about.get("heads") or width // 64, num_classes)
-    net, report = GPT2(config), {"head": "none", "unexpected": [n for n in state if n == "lm_head.weight" or n.startswith("heads.")]}
+    net, report = GPT2(config), {"head": "none", "unexpected": ["lm_head.weight"] * ("lm_head.weight" in state)}
     if num_classes:
         kept = len(state.get("score.weight", ())) == num_classes
         report["head"] = "kept" if kept else "replaced"
@@ -871,6 +871,17 @@ def check_export(path, format, pool=None):
         fail("torchvision's ViT takes no mean over patches: give the network a class token, or say --format timm")
 
 
+def write_with_card(path, state, card):
+    """Tensors as .pt, .pth, .bin or .safetensors, and a JSON file of the same name beside them; nothing if one is not finite."""
+    if not all(t.isfinite().all() for t in state.values()):
+        fail(f"the weights are not finite; nothing was written to {path}")
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state)
+    else:
+        write_atomically(path, lambda p: torch.save(state, p))
+    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1, default=str) + "\n"))
+
+
 def export_weights(state, config, path, format="timm", card=None):
     """A ViT's state for timm or torchvision, as .pt, .pth or .safetensors, and its card, a JSON file of the same name: the
     architecture, the call whose module loads it strictly, and the caller's `card` (task, method, "mean", "std" ...)."""
@@ -878,18 +889,14 @@ def export_weights(state, config, path, format="timm", card=None):
     check_export(path, format, c.pool)
     with torch.device("meta"):
         check_fits(state, ViT(c), "the network to export")
-    if not all(t.isfinite().all() for t in state.values()):
-        fail(f"the weights are not finite; nothing was written to {path}")
     build = (f"timm.models.vision_transformer.VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, "
              f"embed_dim={c.width}, depth={c.depth}, num_heads={c.heads}, mlp_ratio={c.mlp_ratio}, num_classes={c.num_classes}, "
              f"global_pool={c.pool!r}, class_token={c.pool == 'token'})" if format == "timm" else
              f"torchvision.models.VisionTransformer(image_size={c.image_size}, patch_size={c.patch_size}, num_layers={c.depth}, "
              f"num_heads={c.heads}, hidden_dim={c.width}, mlp_dim={c.mlp_ratio * c.width}, num_classes={c.num_classes})")
-    card = json.dumps({"architecture": dataclasses.asdict(c), "format": format, "build": build, **(card or {})}, indent=1, default=str)
+    card = {"architecture": dataclasses.asdict(c), "format": format, "build": build, **(card or {})}
     state = renamed({n: t.detach().float().cpu().contiguous() for n, t in state.items()}, 0, DIALECTS.index(format))
-    save = write_safetensors if path.suffix == ".safetensors" else lambda p, s: write_atomically(p, lambda q: torch.save(s, q))
-    save(path, state)
-    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(card + "\n"))
+    write_with_card(path, state, card)
 
 
 def export_gpt2(net, path, card=None):
@@ -897,19 +904,14 @@ def export_gpt2(net, path, card=None):
     whose load_state_dict takes the file, and the caller's `card`."""
     path, c = Path(path), net.config
     check_export(path, "transformers")
-    if not all(t.isfinite().all() for t in net.state_dict().values()):
-        fail(f"the weights are not finite; nothing was written to {path}")
     state = {("" if name.startswith("score.") else "transformer.") + name: (t.T if CONV1D.search(name) else t).detach().float().cpu().contiguous()
              for name, t in net.state_dict().items()}
     card = {"model_type": "gpt2", "vocab_size": c.vocab, "n_positions": c.context, "n_embd": c.width, "n_layer": c.depth, "n_head": c.heads,
-            "bos_token_id": c.vocab - 1, "eos_token_id": c.vocab - 1, "pad_token_id": c.vocab - 1, "heads": c.heads,
+            "bos_token_id": c.vocab - 1, "eos_token_id": c.vocab - 1, "pad_token_id": c.vocab - 1,
             "num_labels": c.num_classes,
             "build": "transformers.GPT2ForSequenceClassification(transformers.GPT2Config(vocab_size={vocab_size}, n_positions={n_positions}, n_embd={n_embd}, "
             "n_layer={n_layer}, n_head={n_head}, num_labels={num_labels}, pad_token_id={pad_token_id}))", **(card or {})}
-    card["build"] = card["build"].format(**card)
-    save = write_safetensors if path.suffix == ".safetensors" else lambda p, s: write_atomically(p, lambda q: torch.save(s, q))
-    save(path, state)
-    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1, default=str) + "\n"))
+    write_with_card(path, state, {**card, "build": card["build"].format(**card)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
