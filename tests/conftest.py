@@ -1,12 +1,30 @@
-"""What the runs of several test files share: flags of a run of seconds, its drawn data, its finished directory."""
+"""What several test files share: runs of seconds, what they leave behind, kills and torchrun, files from elsewhere."""
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
+import torch
+import torchvision
 
+import common
 import data
-import tal
 
-TINY = ("--patch 16 --hid 32 --layers 1 --hyper-heads 4 --rank 4 --mlp 32,48 --ancestry-width 16 --ancestry-depth 1 --batch-size 200 "
-        "--ancestry-epochs 0.005 --pretrain-epochs 0.03 --tune-epochs 0.08 --train-epochs 0.1 --tune-tasks pedestrian,digits "
-        "--split val --log-every 1 --save-every 2 --device cpu").split()
+ROOT = Path(__file__).resolve().parent.parent
+CPU = common.Machine(torch.device("cpu"), None)
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+
+# Flags of tal.py for a run of seconds.
+TINY = (
+    "--patch 16 --hypernet tiny --ancestry-size 16x1x8 --tune-tasks pedestrian,digits "
+    "--ancestry-epochs 0.005 --pretrain-epochs 0.03 --tune-epochs 0.08 --train-epochs 0.1 "
+    "--batch-size 200 --split val --save-every 1 --device cpu").split()
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +38,212 @@ def drawn(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tuned(drawn, tmp_path_factory):
     """A run directory with ancestry.pt, pretrain.pt and tune.pt."""
+    import tal
     folder = tmp_path_factory.mktemp("tuned")
     tal.main([*TINY, "--stage", "tune", "--data-dir", str(drawn), "--output", str(folder)])
     return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input, and what a run leaves
+# ----------------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def refuses(match):
+    """The block ends with an InputError of one line in which the regular expression is found."""
+    with pytest.raises(common.InputError, match=match) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+
+
+class Foreign:
+    """Unpickling this object would write a file: nothing in a file of weights may run."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran-from-a-pickle",)
+
+
+def snapshot(folder):
+    """{file: bytes} of everything below a folder."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def log_of(folder, stage):
+    """The lines of a stage without its speed."""
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        record.pop("images_per_s", None)
+        record.pop("texts_per_s", None)
+    return [record for record in records if record["stage"] == stage]
+
+
+def weights_of(folder, stage):
+    return torch.load(Path(folder) / f"{stage}.pt", weights_only=True)["model"]
+
+
+def same_state(a, b):
+    """The same names, types and bits."""
+    assert a.keys() == b.keys()
+    for name in b:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def assert_same_run(folder, reference, stage):
+    """Bitwise the same weights and the same log."""
+    same_state(weights_of(folder, stage), weights_of(reference, stage))
+    assert log_of(folder, stage) == log_of(reference, stage)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes: kills and torchrun
+# ----------------------------------------------------------------------------------------------------------------------
+
+def start(argv, log, script=ROOT / "tal.py", processes=1):
+    """A script in a process of its own, or under torchrun; what it prints is added to the file `log`."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with open(log, "a") as out:
+        return subprocess.Popen([*command, str(script), *map(str, argv)], stdout=out, stderr=out, env=ENV)
+
+
+def finish(argv, log, code=0, timeout=240, **how):
+    """Runs a script to its end, which must have this exit code; a script that hangs is killed."""
+    process = start(argv, log, **how)
+    try:
+        assert process.wait(timeout=timeout) == code, Path(log).read_text()[-3000:]
+    finally:
+        process.kill()
+
+
+def reached(folder, stage, step):
+    """Whether the log has a whole line of this stage at this step or later."""
+    path = Path(folder) / "log.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    records = [json.loads(line) for line in lines]
+    return any(r["stage"] == stage and r.get("step", 0) >= step for r in records)
+
+
+def kill_when(now, argv, log, **how):
+    """Starts a run and kills it as soon as now() is true."""
+    process = start(argv, log, **how)
+    try:
+        while not now():
+            assert process.poll() is None, Path(log).read_text()[-3000:]
+            time.sleep(0.001)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+# A script that kills itself: in the update of one step of one stage, in every process or in that of one rank; or when a
+# file of this name is written but has not yet got its name (the step is then -1).
+DYING = """
+import json, os, signal, sys
+import common
+module, stage, step, rank = json.loads(sys.argv.pop(1))
+update, replace, link = common.Training.update, os.replace, os.link
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dying_update(self, *loss, **values):
+    if (self.stage, self.step) == (stage, step) and rank in (None, self.run.machine.rank):
+        die()
+    return update(self, *loss, **values)
+
+def dying(rename):
+    def renamed(source, target, **more):
+        if step == -1 and os.path.basename(target) == stage + ".pt":
+            die()
+        return rename(source, target, **more)
+    return renamed
+
+common.Training.update = dying_update
+os.replace, os.link = dying(replace), dying(link)
+common.script(__import__(module).main)
+"""
+
+
+def dying_script(folder, module, stage, step, rank=None):
+    """(script, first argument) of a script like `module`.py ("tal") that kills itself; for `start` and `finish`."""
+    path = Path(folder) / "dying.py"
+    path.write_text(DYING)
+    return path, json.dumps([module, stage, step, rank])
+
+
+def killed_in(stage, step, argv, log, module="tal"):
+    """Runs a script that kills itself in the update of this step of this stage (step -1: while STAGE.pt is written)."""
+    script, first = dying_script(Path(log).parent, module, stage, step)
+    finish([first, *argv], log, code=-signal.SIGKILL, script=script)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files from elsewhere
+# ----------------------------------------------------------------------------------------------------------------------
+
+SMALL = common.ViTConfig(32, 8, 64, 3, 4, 7)         # 16 patches of 8 px; 4 heads, more than the width tells
+MERGES = ["l o", "lo w", "e r", "Ġ low", "a a", "aa a", "b c", "a b", "# #", "Ã ©"]
+
+
+def random_weights(net):
+    """No zero may hide a tensor that was not loaded."""
+    torch.manual_seed(0)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return net.eval()
+
+
+def saved(path, content):
+    """A file of weights by its ending."""
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(content, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def torchvision_vit(config=SMALL, **more):
+    return random_weights(torchvision.models.VisionTransformer(
+        image_size=config.image_size, patch_size=config.patch_size, num_layers=config.depth, num_heads=config.heads,
+        hidden_dim=config.width, mlp_dim=config.mlp_ratio * config.width, num_classes=config.num_classes, **more))
+
+
+HUGGING_FACE = {
+    "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm", "head": "classifier",
+    "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}
+
+
+def hugging_face(state, prefix="vit."):
+    """Our names -> Hugging Face's, one line per kind of tensor."""
+    out = {}
+    for name, tensor in state.items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        layer = f"{prefix}encoder.layer.{block[1]}." if block else prefix
+        rest = name.removeprefix(block[0]) if block else name
+        end = rest.split(".")[-1] if rest.endswith(("weight", "bias")) else ""
+        end = f".{end}" if end else ""
+        kind = rest.removesuffix(end)
+        if kind == "attn.qkv":
+            for part, rows in zip(("query", "key", "value"), tensor.tensor_split(3)):
+                out[f"{layer}attention.attention.{part}{end}"] = rows.clone()
+        else:
+            out[("" if kind == "head" else layer) + HUGGING_FACE[kind] + end] = tensor
+    assert len(out) == len(state) + 4 * sum("qkv.weight" in name for name in state)
+    return out
+
+
+def gpt2_files(folder, merges=MERGES, names=("vocab.json", "merges.txt"), **changes):
+    """GPT-2's two files with these merges, as "a b"; `changes` of the vocabulary: token -> id or None."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [*data.byte_symbols().values(), *(m.replace(" ", "") for m in merges), data.END]
+    vocab = {token: number for number, token in enumerate(tokens)} | changes
+    vocab = {token: number for token, number in vocab.items() if number is not None}
+    (folder / names[0]).write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / names[1]).write_text("#version: 0.2\n" + "".join(m + "\n" for m in merges), encoding="utf-8")
+    return str(folder)
