@@ -25,9 +25,11 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import sys
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -93,11 +95,19 @@ VIT_SIZES = {
 }
 
 
+def width_and_heads(size, sizes=VIT_SIZES):
+    """(width, heads) of a named size, or of one written as WIDTHxHEADS: "384x6"."""
+    if size in sizes:
+        return sizes[size]
+    if not re.fullmatch(r"\d+x\d+", size):
+        raise unknown("size", size, [*sizes, "WIDTHxHEADS"])
+    width, heads = size.split("x")
+    return int(width), int(heads)
+
+
 def vit_config(size, depth=12, **overrides):
-    """Configuration of a named size: vit_config("small", 6, num_classes=102) is a 6-Small."""
-    if size not in VIT_SIZES:
-        raise unknown("size", size, list(VIT_SIZES))
-    width, heads = VIT_SIZES[size]
+    """Configuration of a size: vit_config("small", 6, num_classes=102) is a 6-Small."""
+    width, heads = width_and_heads(size)
     return ViTConfig(**{"width": width, "heads": heads, "depth": depth, **overrides})
 
 
@@ -465,8 +475,8 @@ class Training:
         load_weights(self.net, saved["model"], path)
         self.step = saved["step"]
         if self.step < self.total:
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
+            load_weights(self.optimizer, saved["optimizer"], path)
+            load_weights(self.scaler, saved["scaler"], path)
             self.skipped += saved["skipped"]
             self.run.print(f"{self.stage}: resuming at step {self.step} of {self.total} from {path}")
 
@@ -492,7 +502,10 @@ class Training:
             dist.barrier()
 
     def update(self, loss, **values):
-        """One optimiser step on `loss`; `values` are 0-dim tensors to log. Does not wait for the device."""
+        """One optimiser step on `loss`; `values`, numbers or 0-dim tensors, are logged.
+
+        Does not wait for the device.
+        """
         factor = cosine_lr(self.step, self.total, self.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * factor
@@ -513,7 +526,9 @@ class Training:
     def count(self, finite, **values):
         """Adds values to the sums of the next log line, unless the step was bad."""
         for name, value in values.items():
-            value = torch.where(finite, value.detach().float(), 0)
+            if torch.is_tensor(value):
+                value = value.detach().float()
+            value = torch.where(finite, value, 0.0)
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + finite
         self.skipped = self.skipped + ~finite
@@ -590,20 +605,29 @@ def average_gradients(params, world):
 class Run:
     """An output directory; run["tune"] is the path of its checkpoint tune.pt. Only rank 0 writes.
 
-    config: the settings, a dict of plain values.
+    config: the settings, a dict of plain values. From its first write to its end a run owns the directory.
     """
 
     def __init__(self, output, config, machine):
         self.dir, self.config, self.machine = Path(output), config, machine
-        if self.dir.exists() and not self.dir.is_dir():
-            raise InputError(f"--output {output} is a file; name a directory")
+        self.lock = None
+        check_writable(self.dir)
 
     def __getitem__(self, name):
         return self.dir / f"{name}.pt"
 
+    def own(self):
+        """Before the first write: locks the directory, and removes what a killed process left half-written."""
+        if self.lock is None:
+            make_directory(self.dir)
+            self.lock = locked(self.dir)
+            remove_leftovers(self.dir)
+            self.write_log(self.records())
+
     def start(self, stage, step):
         """Called by a stage once all is found in order: config.json, and a log that says nothing beyond `step`."""
         if self.machine.rank == 0:
+            self.own()
             config = {**self.config, "torch": str(torch.__version__)}
             write_text(self.dir / "config.json", json.dumps(config, indent=1, default=str) + "\n")
             self.rewind_log(stage, step)
@@ -618,23 +642,45 @@ class Run:
                 records.append(json.loads(line))
         return [r for r in records if isinstance(r, dict) and "stage" in r]
 
+    def write_log(self, records):
+        """The whole log anew, unless it is just that."""
+        path = self.dir / "log.jsonl"
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        found = path.read_text(errors="replace") if path.exists() else ""
+        if text != found:
+            write_text(path, text)
+
     def rewind_log(self, stage, step):
-        """Drops what a killed run logged of this stage beyond its last checkpoint, and torn lines."""
-        if not (self.dir / "log.jsonl").exists():
-            return
+        """Drops what a killed run logged of this stage beyond its last checkpoint."""
         kept = []
         for record in self.records():
             beyond = step == 0 or record.get("step", 0) > step
             if record["stage"] != stage or not beyond:
-                kept.append(json.dumps(record) + "\n")
-        write_text(self.dir / "log.jsonl", "".join(kept))
+                kept.append(record)
+        self.write_log(kept)
 
     def log(self, stage, **values):
         """One JSON line."""
         if self.machine.rank == 0:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            with open(self.dir / "log.jsonl", "a") as f:
-                f.write(json.dumps({"stage": stage, **values}) + "\n")
+            self.own()
+            line = json.dumps({"stage": stage, **values}) + "\n"
+            with writing(self.dir / "log.jsonl"), open(self.dir / "log.jsonl", "a") as file:
+                file.write(line)
+
+    def result(self, stage, key, **values):
+        """The one line of a stage with these entries, {name: value}: one that an earlier start has left is replaced."""
+        if self.machine.rank == 0:
+            self.own()
+            record = json.loads(json.dumps({"stage": stage, **key, **values}))
+            same = {name: record[name] for name in ("stage", *key)}
+            records = self.records()
+            for place, old in enumerate(records):
+                if same.items() <= old.items():
+                    records[place] = record
+                    break
+            else:
+                records.append(record)
+            self.write_log(records)
 
     def values(self, stage, key):
         """What was logged of a stage under `key`, in order."""
@@ -645,14 +691,89 @@ class Run:
             tqdm.write(" ".join(map(str, words)))
 
 
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames it to `path`: a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def check_writable(folder):
+    """One sentence unless this is a directory that can be written to, or can be made."""
+    place = Path(folder)
+    with writing(place):
+        while not place.exists():
+            place = place.parent
+    if not place.is_dir():
+        raise InputError(f"--output {folder}: {place} is a file; name a directory")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"--output {folder}: {place} cannot be written to; name another directory")
+
+
+def make_directory(folder):
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turns what may go wrong when a file is written, a full disk above all, into one sentence."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        yield
+    except FileExistsError:
+        raise
+    except (OSError, RuntimeError) as error:                        # torch.save raises a RuntimeError when the disk is full
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be written: {reason}; make room, or name another place") from error
+
+
+def locked(folder):
+    """An open file whose lock keeps other processes out of a directory, until it is closed or this process dies.
+
+    Also on file systems that several machines share, as far as these have locks; where there are none, that is printed.
+    A lock of lockf belongs to the process, not to processes it forks, which might survive it.
+    """
+    import fcntl
+    file = open(folder / ".lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"another process is writing to {folder}; wait for it, or choose another --output") from None
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error.strerror}): let no two processes write to it", flush=True)
+    return file
+
+
+def temporary_name(path):
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder):
+    """Removes temporary files of processes of this machine that are dead."""
+    for path in Path(folder).glob(f".*.{platform.node()}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not is_alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:                                                 # alive, and another user's
+        return True
+    return True
+
+
+def write_atomically(path, write, exclusive=False):
+    """Calls write(temporary path), then renames it to `path`: a reader never sees half a file.
+
+    exclusive: a file that is there stays, and FileExistsError is raised.
+    """
+    path = Path(path)
+    make_directory(path.parent)
+    temporary = temporary_name(path)
+    try:
+        with writing(path):
+            write(temporary)
+            if exclusive:
+                os.link(temporary, path)
+            else:
+                os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -662,7 +783,7 @@ def write_text(path, text):
 
 
 def file_name(name):
-    """A task's name as a file's: "decathlon/svhn" -> "decathlon_svhn-8c1b47d2". The hash keeps x/y and x_y apart."""
+    """A task's name as a file's: "decathlon/svhn" -> "decathlon_svhn-58bb61b4". The hash keeps x/y and x_y apart."""
     plain = re.sub(r"[^\w#+,=.-]", "_", name).lstrip(".")[:80]
     if plain == name:
         return name
@@ -671,37 +792,65 @@ def file_name(name):
 
 
 CHECKPOINT_FORMAT = 2
+# {entry: type} of what Training writes.
+TRAINED = {
+    "stage": str, "step": int, "steps": int, "model": dict, "extra": dict, "config": dict,
+    "optimizer": (dict, type(None)), "scaler": dict, "skipped": int,
+}
 
 
-def save_checkpoint(path, **content):
+def save_checkpoint(path, exclusive=False, **content):
     content = {"format": CHECKPOINT_FORMAT, **content}
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    write_atomically(path, lambda temporary: torch.save(content, temporary), exclusive)
 
 
-def load_checkpoint(path, **expected):
-    """A checkpoint as a dict on the CPU; `expected` entries (stage="tune", ...) must match what it says of itself."""
-    if not Path(path).exists():
-        raise InputError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # torch.load raises many kinds for a truncated or foreign file, all mean the same here
-        raise InputError(f"{path} is not a readable checkpoint (truncated, or not written by this code): "
-                         f"{type(error).__name__}") from error
+def load_checkpoint(path, entries=TRAINED, **expected):
+    """A checkpoint as a dict on the CPU, whole and with these entries: {name: type}.
+
+    `expected` entries (stage="tune", ...) must match what it says of itself.
+    """
+    content = read_checkpoint(Path(path))
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"{path} is not a checkpoint of this code (format {CHECKPOINT_FORMAT}); "
                          "give another file or remove it")
+    for key, kind in entries.items():
+        if not isinstance(content.get(key, ...), kind):
+            raise InputError(f"{path} has no {key}, or one of another kind, so it was changed after it was written; "
+                             "give another file or remove it")
     for key, value in expected.items():
-        if content.get(key) != value:
-            raise InputError(f"{path} holds {key} {content.get(key)!r}, but {value!r} is needed here; "
+        if repr(content.get(key)) != repr(value):                   # repr, for what is found may be anything
+            raise InputError(f"{path} {mismatch(key, content.get(key), value, expected)}; "
                              "choose another --output or remove it")
     return content
 
 
+def mismatch(key, found, needed, expected):
+    if key == "content":
+        return f"was trained on other data than {expected.get('task', 'the task')} holds now"
+    return f"holds {key.replace('_', ' ')} {found!r}, but {needed!r} is needed here"
+
+
+def read_checkpoint(path):
+    """What torch.load finds in a file, once the checksums of its zip agree: torch looks at none."""
+    if not path.exists():
+        raise InputError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # many kinds for a truncated, damaged or foreign file, all mean the same here
+        raise InputError(f"{path} is not a readable checkpoint (truncated, damaged, or not written by this code): "
+                         f"{type(error).__name__}") from error
+
+
 def load_weights(module, weights, path):
+    """load_state_dict, whose complaint is one sentence here."""
     try:
         module.load_state_dict(weights)
-    except RuntimeError as error:
-        lines = str(error).splitlines()
+    except Exception as error:      # of a RuntimeError's lines the second names a tensor; a damaged file raises other kinds
+        lines = str(error).splitlines() or [type(error).__name__]
         reason = lines[min(1, len(lines) - 1)].strip()
         raise InputError(f"the weights in {path} do not fit this model ({reason}); "
                          "give the flags it was trained with or choose another --output") from error
@@ -833,7 +982,7 @@ SHARED = {
          "crops, RandAugment, erasing, MixUp, CutMix, smoothing"),
     ],
     "network": [
-        ("--size", str, ("drawn-small", "small"), f"width and heads: {', '.join(VIT_SIZES)}"),
+        ("--size", str, ("drawn-small", "small"), f"width and heads: {', '.join(VIT_SIZES)}, or as 384x6"),
         ("--depth", positive, (3, 12), "layers"),
         ("--patch", positive, (8, 16), "pixels"),
         ("--pooling", ["token", "avg"], ("avg", "token"), "class token, or mean of the patches"),
@@ -842,11 +991,13 @@ SHARED = {
         ("--seed", whole, 0, "seed of the run; the data have their own, fixed"),
         ("--batch-size", positive, (64, 512), "examples per step, over all processes"),
         ("--lr", amount, (2e-3, 1e-3), "peak learning rate; warm-up, then cosine"),
-        ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of further training"),
         ("--weight-decay", amount, 0.05, "AdamW"),
         ("--warmup", share, 0.05, "share of the steps that warm up"),
         ("--clip", amount, (1.0, 0.0), "gradient norm, 0 for no clipping"),
         ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision; auto: bf16 on a GPU, none on a CPU"),
+    ],
+    "further training": [
+        ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of networks that are trained on"),
     ],
     "budget": [
         ("--train-epochs", amount, (5.0, 100.0), "epochs of further training"),
@@ -872,6 +1023,10 @@ class Settings:
 
     def __repr__(self):
         return f"Settings({vars(self)})"
+
+    def changed(self):
+        """{name: value} of the flags that differ from the preset's defaults."""
+        return {name: getattr(self, name) for name, value in self.defaults.items() if getattr(self, name) != value}
 
     def replace(self, **values):
         return Settings({**vars(self), **values}, self.headings, self.defaults)
@@ -972,11 +1127,7 @@ def parse_flags(description, own, defaults, argv=None):
 
 def announce(run, args):
     """Opens a script's output: what differs from the preset's defaults, and where all settings stand."""
-    changed = []
-    for name, default in args.defaults.items():
-        value = getattr(args, name)
-        if value != default:
-            changed.append(f"--{name.replace('_', '-')} {value}")
+    changed = [f"--{name.replace('_', '-')} {value}" for name, value in args.changed().items()]
     run.print(f"preset {args.preset} {' '.join(changed)}".rstrip())
     run.print(f"  all settings: {run.dir / 'config.json'}")
 
@@ -1004,7 +1155,7 @@ def farewell(sentence, code):
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))           # mean and std of pixels, where white is 1
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-WRAPPERS = ("model", "state_dict", "model_ema")                     # keys under which training scripts put weights
+WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema", "teacher", "net", "module")     # as scripts wrap
 
 
 def safetensors_package():
@@ -1019,31 +1170,32 @@ def read_weights(path):
     """(weights, about) of a file: {name: tensor} on the CPU, and what is said of them. Any trouble is one sentence.
 
     .safetensors, or whatever torch.load reads without running anything (.pt, .pth, .bin). Training checkpoints are
-    unwrapped, and names lose what DDP and torch.compile put before them. about: "wrapped", the key that was unwrapped;
-    "own", a checkpoint of this code; and what is told() by it, by NAME.json beside it, and by a hub's JSON files.
+    unwrapped, and names lose what DDP, AveragedModel and torch.compile put before them. about: "wrapped", the key that
+    was unwrapped; "own", a checkpoint of this code; "said", all that is said by it, by its card and by a hub's JSON
+    files; and "heads", "mean" and "std", as far as that tells them.
     """
     path = Path(path)
     content = read_content(path)
-    wrapped = None
-    for key in WRAPPERS:
-        if wrapped is None and isinstance(content.get(key), dict):
-            wrapped = key
+    own = type(content.get("format")) is int
+    said = flattened(content.get("extra"))
+    wrapped, content = unwrapped(content)
     weights = {}
-    for name, value in content.get(wrapped, content).items():
-        if torch.is_tensor(value):
-            weights[re.sub(r"^((module|_orig_mod)\.)+", "", str(name))] = value
+    for name, value in content.items():
+        if torch.is_tensor(value) and name != "n_averaged":         # a count of AveragedModel's
+            name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
+            weights[name] = value
+            check_tensor(name, value, path)
     if not weights:
         raise InputError(f"{path} holds no weights by name; save a state_dict")
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InputError(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
-    about = {"wrapped": wrapped, "own": "format" in content and "stage" in content}
-    about |= told(content.get("extra"), path)
-    return weights, about | told_beside(path)
+    said |= said_beside(path)
+    return weights, {"wrapped": wrapped, "own": own, "said": said, **told(said, path)}
 
 
 def read_content(path):
     """The dict in a file, as it is stored."""
+    if re.search(r"-\d+-of-\d+$", path.stem) or path.is_dir() and any(path.glob("*.index.json")):
+        raise InputError(f"{path} is one of several files (sharded weights); save them as one: "
+                         "model.save_pretrained(FOLDER, max_shard_size='99GB')")
     if not path.is_file():
         raise InputError(f"there is no file of weights at {path}")
     if path.suffix == ".safetensors":
@@ -1055,58 +1207,107 @@ def read_content(path):
             # the flags in training checkpoints of DeiT and torchvision are a Namespace, which runs nothing
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # many kinds, as in load_checkpoint
+    except Exception as error:      # many kinds, as in read_checkpoint
         raise InputError(f"{path} is not a readable file of weights (truncated, foreign, or with code in it): "
                          f"{type(error).__name__}") from error
     return content if isinstance(content, dict) else {}
 
 
+def unwrapped(content):
+    """(the key, what is below it): the weights in a training checkpoint; (None, content) when they are not wrapped."""
+    for key in WRAPPERS:
+        if isinstance(content.get(key), dict):
+            inner, weights = unwrapped(content[key])
+            return inner or key, weights
+    return None, content
+
+
+def check_tensor(name, tensor, path):
+    if tensor.layout != torch.strided or tensor.is_complex():
+        raise InputError(f"{path}: {name} is a sparse or complex tensor; save plain floating-point weights")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise InputError(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
+
+
+def flattened(said):
+    """What a card, a checkpoint's "extra" or a hub's JSON file says, one level of nesting undone."""
+    if not isinstance(said, dict):
+        return {}
+    flat = dict(said)
+    for part in ("pretrained_cfg", "model_args", "architecture", "config"):
+        if isinstance(said.get(part), dict):
+            flat |= said[part]
+    return flat
+
+
+def card_of(path):
+    """The JSON file that says what the weights in a file are: net.pt has net.pt.json."""
+    return Path(path).with_name(f"{Path(path).name}.json")
+
+
+def said_beside(path):
+    """What the JSON files beside a file of weights say: its card, and those of a hub's folder."""
+    places = [card_of(path)]
+    if path.stem in ("model", "pytorch_model"):
+        places += [path.parent / "config.json", path.parent / "preprocessor_config.json"]
+    said = {}
+    for place in places:
+        if place.is_file():
+            said |= flattened(read_json(place))
+    return said
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON ({type(error).__name__}); mend or remove it") from error
+
+
 # What is said of weights, and the names it has in our cards, timm's and Hugging Face's JSON files.
 TOLD = {
-    "heads": ("heads", "num_attention_heads", "n_head"),
+    "heads": ("heads", "num_heads", "num_attention_heads", "n_head"),
     "mean": ("mean", "image_mean"),
     "std": ("std", "image_std"),
 }
 
 
 def told(said, path):
-    """{"heads", "mean", "std"}, as far as a dict has them: "extra" of our checkpoints, our card, a hub's JSON files."""
-    if not isinstance(said, dict):
-        return {}
-    merged = dict(said)
-    for part in ("pretrained_cfg", "architecture", "config"):
-        if isinstance(said.get(part), dict):
-            merged |= said[part]
+    """{"heads", "mean", "std"}, as far as they are said; images are normalised as (pixels - mean) / std, white being 1."""
     found = {}
+    if said.get("do_normalize") is False:
+        found = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     for key, names in TOLD.items():
-        values = [merged[name] for name in names if merged.get(name) is not None]
-        if values:
-            found[key] = values[0]
-            check_told(key, values[0], path)
+        values = [said[name] for name in names if said.get(name) is not None]
+        if values and key not in found:
+            found[key] = checked_heads(values[0], path) if key == "heads" else checked_channels(key, values[0], path)
     return found
 
 
-def check_told(key, value, path):
-    numbers = [value] if key == "heads" else value
-    good = isinstance(numbers, (list, tuple)) and len(numbers) == (1 if key == "heads" else 3)
-    for number in numbers if good else ():
-        good &= type(number) in (int, float) and math.isfinite(number)
-        good = good and (number > 0 or key == "mean")
-    if not good:
-        raise InputError(f"what is said of {path} has {key} {value!r}; mean and std are 3 finite numbers each, "
-                         "std and heads above 0")
+def checked_heads(heads, path):
+    if type(heads) is not int or heads < 1:
+        raise InputError(f"what is said of {path} has heads {heads!r}; that is a whole number of at least 1")
+    return heads
 
 
-def told_beside(path):
-    """The same of the JSON files beside a file of weights: NAME.json, and those of a hub's folder."""
-    names = [f"{path.stem}.json"]
-    if path.stem in ("model", "pytorch_model"):
-        names += ["config.json", "preprocessor_config.json"]
-    found = {}
-    for name in names:
-        with contextlib.suppress(OSError, json.JSONDecodeError, UnicodeDecodeError):
-            found |= told(json.loads((path.parent / name).read_text()), path)
-    return found
+def checked_channels(key, values, path):
+    """Mean or std of the three channels; one number stands for all three."""
+    if type(values) in (int, float):
+        values = [values] * 3
+    good = isinstance(values, (list, tuple)) and len(values) == 3
+    good = good and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+    if not good or (key == "std" and 0 in values):
+        raise InputError(f"what is said of {path} has {key} {values!r}; mean and std are 3 finite numbers each, "
+                         "mean from 0 to 1 and std above 0, white being 1")
+    return tuple(values)
+
+
+def check_said(said, needed, path):
+    """One sentence where a configuration says what these networks do not do. needed: {name: values that are right}."""
+    for name, values in needed.items():
+        if said.get(name) is not None and said[name] not in values:
+            right = " or ".join(str(value) for value in values)
+            raise InputError(f"what is said of {path} has {name} {said[name]!r}, and this network has {right}")
 
 
 def check_fits(state, net, path, optional=()):
@@ -1156,16 +1357,14 @@ SPELLINGS = {
     "torchvision": [                                                # before 0.13, and its published files
         ("mlp.linear_1", "mlp.0"), ("mlp.linear_2", "mlp.3"),
     ],
-    "Hugging Face": [                                               # transformers 5 in memory; DeiT, with its two heads
+    "Hugging Face": [                                               # transformers 5 in memory
         (r"^layers\.", "encoder.layer."), (r"\.o_proj", ".output.dense"),
         (r"\.q_proj", ".attention.query"), (r"\.k_proj", ".attention.key"), (r"\.v_proj", ".attention.value"),
         (r"mlp\.fc1", "intermediate.dense"), (r"mlp\.fc2", "output.dense"),
-        ("^cls_classifier", "classifier"), ("^distillation_classifier", "head_dist"),
-        (r"^embeddings\.distillation_token", "dist_token"),
     ],
 }
 # What may be left unused, as it stands beside or behind the encoder. Any other tensor would change the features.
-SPARE = re.compile(r"dist_token$|head_dist\.|heads?\.|pre_logits\.|pooler\.|(embeddings\.)?mask_token$|decoder")
+SPARE = re.compile(r"heads?\.|pre_logits\.|pooler\.|(embeddings\.)?mask_token$|decoder")
 
 
 def respelled(weights, dialect):
@@ -1214,17 +1413,20 @@ def heads_of_width(width, path):
     """The number of heads by the width, as shapes do not tell: 64 to a head, as in all published ViTs but ViT-H."""
     if width % 64:
         raise InputError(f"{path}: width {width} does not tell the number of heads; "
-                         f"say \"heads\" in {Path(path).with_suffix('.json')}")
+                         f"say \"heads\" in {card_of(path)}")
     return 16 if width == 1280 else width // 64
 
 
 def grid_of(state, path):
-    """Rows of the square grid of patches, by the position embeddings and the tokens that are no patches."""
+    """Rows of the square grid of patches, by the position embeddings."""
+    if any(re.search(r"dist(illation)?_token$", name) for name in state):
+        raise InputError(f"{path} has a distillation token, on which all of its features depend, and this ViT has none; "
+                         "take a DeiT without distillation")
     patch = state.get("patch_embed.proj.weight", torch.empty(0))
     pos = state.get("pos_embed", torch.empty(0))
     fc1 = state.get("blocks.0.mlp.fc1.weight", torch.empty(0))
     if patch.ndim == 4 and patch.shape[1] == 3 and pos.ndim == 3 and fc1.ndim == 2:
-        patches = pos.shape[1] - ("cls_token" in state) - ("dist_token" in state)
+        patches = pos.shape[1] - ("cls_token" in state)
         grid = math.isqrt(max(0, patches))
         if grid and grid ** 2 == patches:
             return grid
@@ -1236,8 +1438,8 @@ def vit_state(weights, heads=None, path="the file"):
     """(state, config, report) of a ViT in any dialect: float32 tensors under our names, ViTConfig by their shapes.
 
     heads: by default by the width. Without a head, config says 1 class.
-    report: "source", the dialect; "unexpected", what was left out: DeiT's distillation token and its head (the logits
-    are then those of the class token alone), heads of other kinds. Anything else that does not fit is one sentence.
+    report: "source", the dialect; "unexpected", what stands behind the encoder and was left out: poolers, heads of other
+    kinds. Anything else that does not fit is one sentence.
 
     LayerNorm adds 1e-6 to the variance here, in timm and in torchvision, but 1e-12 in Hugging Face's: 1e-4 in its
     logits.
@@ -1246,11 +1448,9 @@ def vit_state(weights, heads=None, path="the file"):
     state = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     state = renamed(state, dialect, "timm")
     grid = grid_of(state, path)
-    if "dist_token" in state:                                       # positions: class, distillation, patches
-        pos = state["pos_embed"]
-        state["pos_embed"] = torch.cat([pos[:, :1], pos[:, 2:]], 1)
-    has_head = {"head.weight", "head.bias"} <= state.keys() and not any("pre_logits" in name for name in state)
-    if not has_head:                                                # none, or not on the features themselves
+    is_last = not any("pre_logits" in name for name in state)       # a head on the features themselves
+    has_head = is_last and {"head.weight", "head.bias"} <= state.keys()
+    if not has_head:
         state = {re.sub(r"^head\.", "heads.", name): tensor for name, tensor in state.items()}
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     config = ViTConfig(
@@ -1261,10 +1461,18 @@ def vit_state(weights, heads=None, path="the file"):
         pooling="token" if "cls_token" in state else "avg",
         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) // width)
     spare = [name for name in state if SPARE.match(name) and name not in ("head.weight", "head.bias")]
-    state = {name: tensor.float() for name, tensor in state.items() if name not in spare}
+    state = {name: tensor for name, tensor in state.items() if name not in spare}
     with torch.device("meta"):
         check_fits(state, ViT(config), path, "head.")
-    return state, config, {"source": dialect, "unexpected": spare}
+    return as_floats(state, path), config, {"source": dialect, "unexpected": spare}
+
+
+def as_floats(state, path):
+    """A state in float32; whole numbers are no weights (of a quantised network, say)."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise InputError(f"{path}: {name} holds whole numbers; save floating-point weights, not quantised ones")
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def resized_pos_embed(pos_embed, grid, prefix, mode="bicubic"):
@@ -1283,22 +1491,55 @@ def resized_pos_embed(pos_embed, grid, prefix, mode="bicubic"):
     return torch.cat([pos_embed[:, :prefix], patches], 1)
 
 
+# What a configuration may say of a ViT that this one does: {name: right values}.
+VIT_SAYS = {
+    "hidden_act": ["gelu"], "act_layer": ["gelu"], "layer_norm_eps": [1e-6, 1e-12], "qkv_bias": [True],
+    "num_channels": [3], "in_chans": [3], "do_rescale": [True], "rescale_factor": [1 / 255],
+}
+
+
+def vit_says(c):
+    """The same with what depends on its ViTConfig, under the names of our cards, timm's and Hugging Face's."""
+    image = [c.image_size, [c.image_size, c.image_size]]
+    return VIT_SAYS | {
+        "image_size": image, "img_size": image, "patch_size": [c.patch_size],
+        "width": [c.width], "embed_dim": [c.width], "hidden_size": [c.width],
+        "depth": [c.depth], "num_hidden_layers": [c.depth],
+        "mlp_ratio": [c.mlp_ratio], "intermediate_size": [c.mlp_ratio * c.width],
+        "pooling": [c.pooling], "global_pool": [c.pooling],
+    }
+
+
+def guesses(config, about, heads):
+    """What the shapes do not tell of a ViT and nobody has said."""
+    guessed = []
+    if not heads:
+        guessed.append(f"{config.heads} heads")
+    if config.pooling == "token" and not {"pooling", "global_pool"} & about["said"].keys():
+        guessed.append("the features of the class token")
+    if not {"image_size", "img_size"} & about["said"].keys():
+        grid = config.image_size // config.patch_size
+        guessed.append(f"a square grid of {grid} x {grid} patches")
+    return guessed
+
+
 def normalisation_of(path, about, report, classes):
     """(mean, std, why) of the images that weights were trained on; mean and std are None for a checkpoint of this code,
     where each task has its own. What is neither told nor to be seen in the names is a guess, and `why` says so."""
     if "mean" in about and "std" in about:
-        return tuple(about["mean"]), tuple(about["std"]), "as told with the weights"
+        return about["mean"], about["std"], "as told with the weights"
     if about["own"]:
         return None, None, "a checkpoint of this code: each task's own"
     if report["source"] == "torchvision":
         return *IMAGENET, "ImageNet's, as all of torchvision"
     is_wrapped_as_deit = report["source"] == "timm" and about["wrapped"] == "model"
-    if "dist_token" in report["unexpected"] or "deit" in Path(path).name or is_wrapped_as_deit:
-        return *IMAGENET, "ImageNet's, as DeiT"
-    if classes in (21841, 21843):
-        return *HALF, "as ViTs of ImageNet-21k"
-    card = Path(path).with_suffix(".json")
-    return *HALF, f'assumed, as most ViTs of Google and timm; else say "mean" and "std" in {card}'
+    if "deit" in Path(path).name or is_wrapped_as_deit:
+        (mean, std), whose = IMAGENET, "DeiT's"
+    elif classes in (21841, 21843):
+        (mean, std), whose = HALF, "ViTs' of ImageNet-21k"
+    else:
+        (mean, std), whose = HALF, "most ViTs' of Google and timm"
+    return mean, std, f'a guess: as {whose}; else say "mean" and "std" in {card_of(path)}'
 
 
 def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=None, say=print):
@@ -1307,28 +1548,34 @@ def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=Non
     num_classes, image_size: the file's by default; position embeddings are resized, and a head of other classes is left
     fresh. net, a ViT or torchvision's Swin, decides both by itself; it is untouched unless everything fits.
     report: "source", "loaded" (number of tensors), "missing", "unexpected" (names), "head" ("kept" or "replaced"),
-    "mean", "std", "normalisation" (why these). say prints it in two lines.
+    "mean", "std", "normalisation" (why these), "guessed" (what nobody told). say prints it.
     """
     weights, about = read_weights(path)
     if net is None or isinstance(net, ViT):
         heads = heads or about.get("heads") or (net.config.heads if net else None)
         state, config, report = vit_state(weights, heads, path)
+        if not about["own"]:
+            check_said(about["said"], vit_says(config), path)
         if net is None:
             net = ViT(dataclasses.replace(
                 config, num_classes=num_classes or config.num_classes, image_size=image_size or config.image_size))
         check_same_architecture(config, net.config, path)
         grid = net.config.image_size // net.config.patch_size
         state["pos_embed"] = resized_pos_embed(state["pos_embed"], grid, int(config.pooling == "token"))
+        report["guessed"] = guesses(config, about, heads)
     else:
         state = respelled(weights, "torchvision")
         state = {name: tensor for name, tensor in state.items() if "relative_position_index" not in name}
-        report = {"source": "torchvision", "unexpected": []}
+        report = {"source": "torchvision", "unexpected": [], "guessed": []}
     classes = len(state.get("head.weight", ()))
     fill(net, state, report, path)
     mean, std, why = normalisation_of(path, about, report, classes)
     report |= {"mean": mean, "std": std, "normalisation": why}
     say(f"{path}: {report['loaded']} tensors under names of {report['source']}; head {report['head']} "
         f"({len(net.head.weight)} classes); not used: {', '.join(report['unexpected']) or 'none'}")
+    if report["guessed"]:
+        say(f"  guessed by the shapes: {', '.join(report['guessed'])}; "
+            f"else say \"heads\", \"pooling\" and \"image_size\" in {card_of(path)}")
     say(f"  normalisation: mean {mean}, std {std} ({why})")
     return net, report
 
@@ -1392,23 +1639,40 @@ CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")             # GPT-2's pu
 MASKS = re.compile(r"\.attn\.(masked_)?bias$")                      # old files hold them as buffers
 
 
+# What a configuration may say of a GPT-2 that this one does: {name: right values}.
+GPT2_SAYS = {
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
+    "tie_word_embeddings": [True],
+}
+
+
+def gpt2_says(c):
+    return GPT2_SAYS | {
+        "vocab_size": [c.vocab], "n_positions": [c.context], "n_embd": [c.width], "n_inner": [4 * c.width],
+        "n_layer": [c.depth],
+    }
+
+
 def gpt2_state(weights, path):
     """A GPT-2's tensors in float32 under our names, matrices as (out, in)."""
     state = {}
     for name, tensor in weights.items():
         if not MASKS.search(name):
-            state[name.removeprefix("transformer.")] = tensor.float()
-    wte, wpe, first = (state.get(name, torch.empty(0)) for name in ("wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"))
-    if wte.ndim != 2 or wpe.ndim != 2 or first.ndim != 2 or 3 * wte.shape[1] not in first.shape:
+            state[name.removeprefix("transformer.")] = tensor
+    wte = state.get("wte.weight", torch.empty(0))
+    wpe = state.get("wpe.weight", torch.empty(0))
+    first = state.get("h.0.attn.c_attn.weight", torch.empty(0))
+    if not wte.ndim == wpe.ndim == first.ndim == 2 or 3 * wte.shape[1] not in first.shape:
         raise InputError(f"{path} is no GPT-2: that has wte.weight, wpe.weight and h.0.attn.c_attn.weight; "
                          "give gpt2's pytorch_model.bin or model.safetensors")
+    if not torch.equal(state.get("lm_head.weight", wte), wte):
+        raise InputError(f"{path} has an lm_head that is not its token table; this GPT-2 ties the two")
     if first.shape[0] == wte.shape[1]:                              # Conv1D: (in, out)
         for name in state:
             if CONV1D.search(name):
                 state[name] = state[name].T.contiguous()
-    if not torch.equal(state.get("lm_head.weight", wte), wte):
-        raise InputError(f"{path} has an lm_head that is not its token table; this GPT-2 ties the two")
-    return state
+    return as_floats(state, path)
 
 
 def load_gpt2(path, num_classes=0, say=print):
@@ -1424,6 +1688,8 @@ def load_gpt2(path, num_classes=0, say=print):
     depth = len({name.split(".")[1] for name in state if name.startswith("h.")})
     heads = about.get("heads") or heads_of_width(width, path)
     net = GPT2(GPT2Config(vocab, len(state["wpe.weight"]), width, depth, heads, num_classes))
+    if not about["own"]:
+        check_said(about["said"], gpt2_says(net.config), path)
     head = "none"
     if num_classes:
         head = "kept" if len(state.get("score.weight", ())) == num_classes else "replaced"
@@ -1433,7 +1699,8 @@ def load_gpt2(path, num_classes=0, say=print):
     state = {name: tensor for name, tensor in state.items() if name not in spare}
     check_fits(state, net, path, ("score.",) if head == "replaced" else ())
     net.load_state_dict(state, strict=False)
-    say(f"{path}: GPT-2 of {depth} layers, width {width}, {heads} heads, {vocab:,} tokens; head {head}; "
+    guess = "" if about.get("heads") else f" (a guess by the width; else say \"heads\" in {card_of(path)})"
+    say(f"{path}: GPT-2 of {depth} layers, width {width}, {heads} heads{guess}, {vocab:,} tokens; head {head}; "
         f"not used: {', '.join(spare) or 'none'}")
     return net, {"loaded": len(state), "unexpected": spare, "head": head}
 
@@ -1461,10 +1728,13 @@ def check_export(path, format, pooling=None):
                          "or say --format timm")
     if Path(path).suffix == ".safetensors":
         safetensors_package()
+    card = card_of(path)
+    if card.exists() and "build" not in flattened(read_json(card)):
+        raise InputError(f"{card}, where the card of {path} goes, is a file of something else; choose another --export")
 
 
 def write_with_card(path, state, card):
-    """Tensors as .pt, .pth, .bin or .safetensors, and a JSON file of the same name beside them; only finite ones."""
+    """Tensors as .pt, .pth, .bin or .safetensors, and the card beside them; only finite ones."""
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise InputError(f"the weights are not finite; nothing was written to {path}")
@@ -1473,11 +1743,11 @@ def write_with_card(path, state, card):
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
     else:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
-    write_text(path.with_suffix(".json"), json.dumps(card, indent=1, default=str) + "\n")
+    write_text(card_of(path), json.dumps(card, indent=1, default=str) + "\n")
 
 
 def export_weights(state, config, path, format="timm", card=None):
-    """A ViT's state for timm or torchvision, as .pt, .pth or .safetensors, and its card, a JSON file of the same name.
+    """A ViT's state for timm or torchvision, as .pt, .pth or .safetensors, and its card: net.pt and net.pt.json.
 
     The card holds the architecture, the call whose module loads the file strictly, and what the caller's `card` says
     (task, method, "mean", "std" ...).
