@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import common
 import data
@@ -247,3 +249,63 @@ def gpt2_files(folder, merges=MERGES, names=("vocab.json", "merges.txt"), **chan
     (folder / names[0]).write_text(json.dumps(vocab), encoding="utf-8")
     (folder / names[1]).write_text("#version: 0.2\n" + "".join(m + "\n" for m in merges), encoding="utf-8")
     return str(folder)
+
+
+def picture(path, colour, size=(20, 16)):
+    """An image of one colour (channels differ by what JPEG leaves of it), so that a label can be read off the picture."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def shade(k):
+    """The colour of class k in these tests."""
+    return (20 * k + 10, 0, 0)
+
+
+def folders(root, splits, names, each=2, ending="jpg", label=lambda k: k):
+    """Class folders below split folders, pictures in the shades of their classes."""
+    for split in splits:
+        for k, name in enumerate(names):
+            for i in range(each):
+                picture(root / split / name / f"{split}_{name}_{i}.{ending}", shade(label(k)))
+
+
+def coco(path, domain, split, labels, classes, offset=10 ** 7, labelled=True):
+    """An annotation file of the Visual Decathlon; returns its (file name, label) pairs.
+
+    labels: of the images; classes: names in the order of `categories`; ids as in the devkit, from offset + 1.
+    """
+    images, annotations = [], []
+    for k, label in enumerate(labels):
+        name = f"data/{domain}/{split}/{label + 1:04d}/{k:06d}.jpg"
+        images.append({"id": offset + k, "file_name": name, "width": 20, "height": 16})
+        annotations.append({"id": offset + k, "image_id": offset + k, "category_id": offset + label + 1})
+    categories = [{"id": offset + k + 1, "name": c, "supercategory": domain} for k, c in enumerate(classes)]
+    content = {"info": {}, "images": images, "licenses": [], "categories": categories}
+    content["annotations"] = annotations[::-1] if labelled else []
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Path(path).write_text(json.dumps(content))
+    return [(image["file_name"], label) for image, label in zip(images, labels)]
+
+
+def decathlon(root, domain="gtsrb", images="", test=False, respell=str, classes=("Sign1", "Sign10", "Sign2")):
+    """The Visual Decathlon's layout below root; class 0 has no training image, as a subset may have it."""
+    for split, labels in (("train", [1, 2, 1, 2]), ("val", [2, 1, 0]), ("test", [0, 1])):
+        labelled = test or split != "test"
+        name = f"{domain}_{split}{'' if labelled else '_stripped'}.json"
+        for file, label in coco(root / "annotations" / name, domain, split, labels, classes, labelled=labelled):
+            picture(root / images / respell(file), shade(label))
+
+
+def images(root, classes, each=5, size=lambda i: (40, 30), mode="RGB"):
+    """Class folders of random pictures, darker with every class."""
+    rng = np.random.default_rng(0)
+    for k in range(classes):
+        folder = root / f"class {k:04d}"
+        folder.mkdir(parents=True)
+        for i in range(each):
+            width, height = size(i)
+            shape = (height, width, 3) if mode == "RGB" else (height, width)
+            pixels = rng.integers(0, 256 - 200 * k // classes, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
