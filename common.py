@@ -8,14 +8,14 @@
   6 Flags       one row per flag: name, type, defaults, help with the value's source
   7 Weights     published ViTs and GPT-2s in, ours out
 
-Nothing here has an equation number of either paper, and nothing here knows a dataset. There is no trainer class that
-calls back into a method: a training loop stands in the method's file and reads
+Nothing here has an equation number of either paper, and nothing here knows a dataset. No trainer calls back
+into a method: a training loop stands in the method's file and reads
 
-    job = start_training(run, args, "stage", net, groups, steps, identity)     # picks up its own checkpoint
-    for step in job.steps():                                                   # progress bar
-        x, y = task.batch("train", step, args.batch_size)                      # a pure function of (seed, step)
+    job = start_training(run, args, "stage", net, groups, steps, identity)   # picks up its own checkpoint
+    for step in job.steps():                                                 # progress bar
+        x, y = task.batch("train", step, args.batch_size)                    # depends on the step alone
         loss = ...
-        job.update(loss, loss_cls=...)                                         # backward, clip, AdamW, log, checkpoint
+        job.update(loss, loss_cls=...)                                       # backward, AdamW, log, save
 """
 import argparse
 import contextlib
@@ -51,13 +51,13 @@ def unknown(what, name, known):
     return InputError(f"unknown {what} {name!r}; {hint}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. Networks: vision transformer
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Architecture of a ViT, sizes in pixels. pooling: "token" (class token, as DeiT) or "avg" (mean of the patches)."""
+    """Architecture of a ViT, sizes in pixels; pooling: "token" (class token) or "avg" (mean of patches)."""
     image_size: int = 224
     patch_size: int = 16
     width: int = 192
@@ -87,8 +87,8 @@ def check_sizes(what, sizes, may_be_zero=()):
                          "choose a multiple of the number of heads")
 
 
-# name -> (width, heads) of a 12-layer DeiT (Touvron et al. 2021, Table 1); TAL's L-Tiny is the same width at depth L.
-# The second row is the drawn data's: the same three roles, at widths that two CPU cores can train.
+# name -> (width, heads) of a 12-layer DeiT (Touvron et al. 2021, Table 1); TAL's L-Tiny is the same width at
+# depth L. The second row is the drawn data's: the same three roles, at widths that two CPU cores can train.
 VIT_SIZES = {
     "tiny": (192, 3), "small": (384, 6), "base": (768, 12),
     "drawn-tiny": (32, 4), "drawn-small": (48, 6), "drawn-base": (64, 8),
@@ -171,8 +171,8 @@ class ViT(nn.Module):
 
     forward(x): images (B, 3, H, W) -> logits (B, num_classes).
     tokens(x): after the blocks -> (B, T, width), with the class token, if there is one, in front.
-    encode(x): the same up to the head -> features (B, width): the class token, or the mean of the patches, after the
-    last LayerNorm, which timm calls `norm` in the first case and `fc_norm` in the second.
+    encode(x): the same up to the head -> features (B, width): the class token, or the mean of the patches,
+    after the last LayerNorm, which timm calls `norm` in the first case and `fc_norm` in the second.
     """
 
     def __init__(self, config):
@@ -219,16 +219,16 @@ class ViT(nn.Module):
         return self.head(self.encode(x))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Networks: GPT-2
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Architecture of a GPT-2; the defaults are the published "gpt2". The vocabulary's last token ends and pads a text.
+    """Architecture of a GPT-2, by default the published "gpt2"; the last token ends a text, and pads it.
 
-    num_classes: of a classifier that reads the last token of a text; 0 is a language model, whose head is the token
-    table.
+    num_classes: of a classifier that reads the last token of a text; 0 is a language model, whose head is the
+    token table.
     """
     vocab: int = 50257
     context: int = 1024
@@ -288,13 +288,13 @@ class GPT2Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019) under the published parameter names; matrices are (out, in), as nn.Linear has them.
+    """GPT-2 (Radford et al. 2019) under the published parameter names; matrices are (out, in).
 
-    forward(ids): token ids (B, T), padded at the right -> logits (B, num_classes), or (B, T, vocab) of a language
-    model.
+    forward(ids): token ids (B, T), padded at the right -> logits (B, num_classes), or (B, T, vocab) of a
+    language model.
     tokens(ids): after the blocks -> (B, T, width).
-    encode(ids): the last token of every text, padding aside, after the last LayerNorm -> features (B, width). No token
-    sees those behind it, so the padding needs no mask.
+    encode(ids): the last token of every text, padding aside, after the last LayerNorm -> features (B, width).
+    No token sees those behind it, so the padding needs no mask.
     """
 
     def __init__(self, config):
@@ -310,7 +310,7 @@ class GPT2(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal of std 0.02, less by sqrt(2 depth) where a residual branch ends; zero biases, unit norms."""
+        """GPT-2's: normal of std 0.02, less by sqrt(2 depth) where a residual branch ends; zero biases."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / (2 * self.config.depth) ** 0.5)
@@ -353,13 +353,13 @@ def network(config):
     return GPT2(config) if isinstance(config, GPT2Config) else ViT(config)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. Measuring
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def predictions(forward, task, split, device, limit=None, batch_size=500):
-    """(predicted, true) classes, int64 (N,) each, of a split of a data.Task, or of its first `limit` examples.
+    """(predicted, true) classes, int64 (N,) each, of a split of a task or of its first `limit` examples.
 
     forward: the task's normalised images (B, 3, H, W), or token ids (B, T) -> logits (B, classes).
     """
@@ -377,17 +377,17 @@ def accuracy(forward, task, split, device, limit=None, batch_size=500):
     return 100 * int((predicted == y).sum()) / len(y)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. Training
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 LOG_EVERY = 50                # steps between log lines
-MAX_BAD_STEPS = 20            # consecutive non-finite steps after which a run stops; looked at with every log line
+MAX_BAD_STEPS = 20            # non-finite steps in a row after which a run stops; counted at every log line
 NO_DECAY = ("pos_embed", "cls_token", "cls_emb", "relative_position_bias_table")
 
 
 def parameter_groups(net, lr, weight_decay):
-    """Two AdamW groups: matrices decay; biases, norms, embeddings of positions and classes do not (DeiT's, Swin's)."""
+    """Two AdamW groups, as DeiT's and Swin's: matrices decay; biases, norms, position embeddings do not."""
     decayed, free = [], []
     for name, p in net.named_parameters():
         if not p.requires_grad:
@@ -401,7 +401,7 @@ def parameter_groups(net, lr, weight_decay):
 
 
 def cosine_lr(step, steps, warmup):
-    """Factor on the learning rate: linear warm-up over `warmup` steps, then a cosine from 1 to 0 at `steps`."""
+    """Factor on the learning rate: linear warm-up over `warmup` steps, then a cosine from 1 to 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
@@ -423,7 +423,7 @@ def fit(net, task, steps, batch_size, lr, weight_decay, recipe):
 
 
 def start_training(run, args, stage, net, groups, steps, identity, extra=None):
-    """The Training of a loop whose flags are `args`. identity: a dict of plain values, as `identity` makes it."""
+    """The Training of a loop whose flags are `args`; identity and extra as below."""
     unit = "texts" if getattr(args, "modality", "image") == "text" else "images"
     return Training(
         run, stage, net, groups, steps,
@@ -432,14 +432,15 @@ def start_training(run, args, stage, net, groups, steps, identity, extra=None):
 
 
 class Training:
-    """The bookkeeping of one training stage; the loop itself stands where the method stands (see the top of this file).
+    """The bookkeeping of one training stage; the loop itself stands where the method stands.
 
     net: the module whose state is checkpointed; groups: AdamW parameter groups, each with its own peak "lr".
     steps, warmup: in optimiser steps; clip: gradient norm, 0 or None for no clipping.
     identity: what a checkpoint must agree on to be resumed (method, seed, sizes ...): a dict of plain values.
     extra: plain values stored beside the weights.
-    batch_size: examples per step over all processes, for log and progress bar alone; unit: what they are.
-    A line of the log comes every LOG_EVERY steps, or `save_every` if that is less. A finished stage yields no steps.
+    batch_size: examples per step over all processes, for log and progress bar alone; unit: what they are. A
+    line of the log comes every LOG_EVERY steps, or `save_every` if that is less. A finished stage yields no
+    steps.
     """
 
     def __init__(self, run, stage, net, groups, steps, warmup=0, clip=None, identity=None, extra=None,
@@ -453,8 +454,8 @@ class Training:
         self.peaks = [group["lr"] for group in groups]
         self.params = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        # The scaler also serves without float16: it is what skips a step with non-finite gradients without asking the
-        # device for a number. Without float16 its scale stays 1.
+        # The scaler also serves without float16: it is what skips a step with non-finite gradients without
+        # asking the device for a number. Without float16 its scale stays 1.
         machine = run.machine
         self.half = machine.amp is torch.float16
         scale = 2.0 ** 16 if self.half else 1.0
@@ -474,6 +475,8 @@ class Training:
         saved = load_checkpoint(path, stage=self.stage, steps=self.total, **self.identity)
         load_weights(self.net, saved["model"], path)
         self.step = saved["step"]
+        if not 0 <= self.step <= self.total:
+            raise InputError(f"{path} says step {self.step} of {self.total}, so it is damaged; remove it")
         if self.step < self.total:
             load_weights(self.optimizer, saved["optimizer"], path)
             load_weights(self.scaler, saved["scaler"], path)
@@ -498,8 +501,8 @@ class Training:
                     bar.set_postfix(self.flush(), refresh=False)
                 if last or self.step % self.save_every == 0:
                     self.save()
-        if self.run.machine.world > 1:           # nobody looks for the checkpoint before rank 0 has written it
-            dist.barrier()
+        if self.run.machine.world > 1:
+            dist.barrier()                      # nobody looks for the checkpoint before rank 0 has written it
 
     def update(self, loss, **values):
         """One optimiser step on `loss`; `values`, numbers or 0-dim tensors, are logged.
@@ -535,7 +538,7 @@ class Training:
         self.bad_in_a_row = (self.bad_in_a_row + 1) * ~finite
 
     def means(self):
-        """{name: mean since the last line, over good steps and over processes}, without those of no good step."""
+        """{name: mean since the last line, over good steps and processes}; no good step, no name."""
         values = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
         if self.run.machine.world > 1:
             dist.all_reduce(values)
@@ -544,7 +547,7 @@ class Training:
         return {name: mean for name, mean in named if math.isfinite(mean)}
 
     def flush(self):
-        """Writes one log line: means and speed since the last. The only place where the loop waits for the device."""
+        """Writes one log line: means and speed since the last. Here alone the loop waits for the device."""
         self.check_good()
         means = self.means()
         self.sums, self.counts = {}, {}
@@ -562,17 +565,21 @@ class Training:
         return {name: f"{mean:.3f}" for name, mean in means.items()}
 
     def check_good(self):
-        """One sentence when too many steps were bad in a row, when the stage ends in bad steps or had no good one."""
-        bad = int(self.bad_in_a_row)
-        allowed = MAX_BAD_STEPS
+        """One sentence after too many bad steps in a row; at the end of a stage one is too many.
+
+        But for float16, which loses a step now and then, when its scale has grown too far.
+        """
+        bad, limit = int(self.bad_in_a_row), MAX_BAD_STEPS
         if self.step == self.total:
-            allowed = 2 if self.half else 1      # float16 loses a step now and then, when its scale has grown too far
-        if bad < allowed and int(self.skipped) < self.step:
+            limit = 2 if self.half else 1
+            if int(self.skipped) == self.total:                     # not one good step
+                limit = 0
+        if bad < limit:
             return
         path = self.run[self.stage]
         rescue = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-        raise InputError(f"{self.stage}: the loss was not finite in the last {bad} of {self.step} steps; {rescue}; "
-                         "lower the learning rate, or say --amp none")
+        raise InputError(f"{self.stage}: the loss was not finite in the last {bad} of {self.step} steps; "
+                         f"{rescue}; lower the learning rate, or say --amp none")
 
     def save(self):
         if self.run.machine.rank == 0:
@@ -587,8 +594,8 @@ class Training:
 def average_gradients(params, world):
     """Mean over processes of all gradients, as one message.
 
-    What has no gradient here (the head of another task) has none in any process, and is left out, as it is in a single
-    process.
+    What has no gradient here (the head of another task) has none in any process, and is left out, as it is in
+    a single process.
     """
     grads = [p.grad for p in params if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in grads])
@@ -598,9 +605,9 @@ def average_gradients(params, world):
         g.copy_(mean.view_as(g))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. Run: config.json, log.jsonl, checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Run:
     """An output directory; run["tune"] is the path of its checkpoint tune.pt. Only rank 0 writes.
@@ -617,7 +624,7 @@ class Run:
         return self.dir / f"{name}.pt"
 
     def own(self):
-        """Before the first write: locks the directory, and removes what a killed process left half-written."""
+        """Before the first write: locks the directory, removes what a killed process left half-written."""
         if self.lock is None:
             make_directory(self.dir)
             self.lock = locked(self.dir)
@@ -625,7 +632,7 @@ class Run:
             self.write_log(self.records())
 
     def start(self, stage, step):
-        """Called by a stage once all is found in order: config.json, and a log that says nothing beyond `step`."""
+        """Called by a stage once all is in order: config.json, and a log that says nothing beyond `step`."""
         if self.machine.rank == 0:
             self.own()
             config = {**self.config, "torch": str(torch.__version__)}
@@ -668,7 +675,7 @@ class Run:
                 file.write(line)
 
     def result(self, stage, key, **values):
-        """The one line of a stage with these entries, {name: value}: one that an earlier start has left is replaced."""
+        """The one line of a stage with these entries, {name: value}: that of an earlier start is replaced."""
         if self.machine.rank == 0:
             self.own()
             record = json.loads(json.dumps({"stage": stage, **key, **values}))
@@ -715,23 +722,24 @@ def writing(path):
         yield
     except FileExistsError:
         raise
-    except (OSError, RuntimeError) as error:                        # torch.save raises a RuntimeError when the disk is full
+    except (OSError, RuntimeError) as error:                        # torch.save: RuntimeError on a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path} cannot be written: {reason}; make room, or name another place") from error
 
 
 def locked(folder):
-    """An open file whose lock keeps other processes out of a directory, until it is closed or this process dies.
+    """An open file whose lock keeps other processes out of a directory until this one dies or closes it.
 
-    Also on file systems that several machines share, as far as these have locks; where there are none, that is printed.
-    A lock of lockf belongs to the process, not to processes it forks, which might survive it.
+    Also on file systems that several machines share, as far as these have locks; where there are none, that
+    is printed. lockf, as its lock does not pass to forked processes, which might outlive this one.
     """
     import fcntl
     file = open(folder / ".lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise InputError(f"another process is writing to {folder}; wait for it, or choose another --output") from None
+        raise InputError(f"another process is writing to {folder}; "
+                         "wait for it, or choose another --output") from None
     except OSError as error:
         print(f"{folder} cannot be locked ({error.strerror}): let no two processes write to it", flush=True)
     return file
@@ -783,7 +791,7 @@ def write_text(path, text):
 
 
 def file_name(name):
-    """A task's name as a file's: "decathlon/svhn" -> "decathlon_svhn-58bb61b4". The hash keeps x/y and x_y apart."""
+    """A task's name as a file's: "decathlon/svhn" -> "decathlon_svhn-58bb61b4"; so x/y and x_y differ."""
     plain = re.sub(r"[^\w#+,=.-]", "_", name).lstrip(".")[:80]
     if plain == name:
         return name
@@ -815,7 +823,7 @@ def load_checkpoint(path, entries=TRAINED, **expected):
                          "give another file or remove it")
     for key, kind in entries.items():
         if not isinstance(content.get(key, ...), kind):
-            raise InputError(f"{path} has no {key}, or one of another kind, so it was changed after it was written; "
+            raise InputError(f"{path} has no {key}, or one of another kind, so it is not as it was written; "
                              "give another file or remove it")
     for key, value in expected.items():
         if repr(content.get(key)) != repr(value):                   # repr, for what is found may be anything
@@ -840,30 +848,30 @@ def read_checkpoint(path):
         if damaged:
             raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # many kinds for a truncated, damaged or foreign file, all mean the same here
-        raise InputError(f"{path} is not a readable checkpoint (truncated, damaged, or not written by this code): "
-                         f"{type(error).__name__}") from error
+    except Exception as error:      # many kinds for a truncated, damaged or foreign file
+        raise InputError(f"{path} is not a readable checkpoint (truncated, damaged, or not written by this "
+                         f"code): {type(error).__name__}") from error
 
 
 def load_weights(module, weights, path):
     """load_state_dict, whose complaint is one sentence here."""
     try:
         module.load_state_dict(weights)
-    except Exception as error:      # of a RuntimeError's lines the second names a tensor; a damaged file raises other kinds
+    except Exception as error:      # RuntimeError where names or shapes differ, other kinds in a damaged file
         lines = str(error).splitlines() or [type(error).__name__]
-        reason = lines[min(1, len(lines) - 1)].strip()
+        reason = lines[min(1, len(lines) - 1)].strip()              # the second line names a tensor
         raise InputError(f"the weights in {path} do not fit this model ({reason}); "
                          "give the flags it was trained with or choose another --output") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5. Machine: device, mixed precision, torchrun
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
     device: torch.device
-    amp: torch.dtype | None           # dtype of autocast; None computes in float32 (TF32 matrix products on a GPU)
+    amp: torch.dtype | None           # of autocast; None computes in float32 (on a GPU, TF32 matrix products)
     rank: int = 0
     world: int = 1
 
@@ -874,7 +882,7 @@ class Machine:
 
 
 def setup_machine(device="auto", amp="auto", seed=0, threads=0):
-    """Seeds, picks device and precision, joins torchrun's process group when there is one (nccl on GPUs, else gloo)."""
+    """Seeds, picks device and precision, joins torchrun's process group (nccl on GPUs, else gloo)."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(device, world)
@@ -908,7 +916,8 @@ def find_device(name, world=1):
     index = torch.device(name).index or 0
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= found:
-        raise InputError(f"--device cuda: torch finds {found} GPUs here, number {index} was asked for; use --device cpu")
+        raise InputError(f"--device cuda: torch finds {found} GPUs here, number {index} was asked for; "
+                         "use --device cpu")
     return torch.device("cuda", index)
 
 
@@ -922,9 +931,9 @@ def rank_zero_first(machine):
         dist.barrier()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6. Flags
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 LARGEST = 2 ** 31 - 1
 
@@ -959,9 +968,10 @@ def share(text):
 
 PRESETS = ["drawn", "paper"]
 
-# {heading: rows}; a row is (name, type or list of choices, default, help). A default is one value, or (drawn, paper).
-# The headings mean something: what stands under "run" changes no number of a checkpoint, "budget" only the number of
-# steps; all else is part of a checkpoint's identity.
+# {heading: rows}; a row is (name, type or list of choices, default, help). A default is one value, or (drawn,
+# paper).
+# The headings mean something: what stands under "run" changes no number of a checkpoint, "budget" only the
+# number of steps; all else is part of a checkpoint's identity.
 SHARED = {
     "run": [
         ("--data", str, "", "tasks, comma-separated: drawn ones, real datasets, folders of images"),
@@ -971,15 +981,15 @@ SHARED = {
         ("--data-dir", str, "data", "where real datasets lie, and drawn data is cached"),
         ("--split", ["val", "test"], "test", "split that is reported; settings were chosen on val"),
         ("--device", str, "auto", "cpu, cuda, cuda:1 ..."),
-        ("--threads", whole, (1, 0), "CPU threads, 0 for all; drawn networks are too small to gain from a second one"),
+        ("--threads", whole, (1, 0), "CPU threads, 0 for all; drawn networks gain nothing from a second one"),
         ("--workers", positive, 2, "threads that draw, processes that read folders"),
         ("--save-every", positive, (250, 300), "steps between checkpoints"),
     ],
     "data": [
         ("--image-size", positive, (32, 224), "pixels"),
         ("--recipe", ["none", "shift", "decathlon", "deit"], ("shift", "deit"),
-         "how training images are varied: shift: moved and mirrored; decathlon: crops, flips, colours, noise; deit: "
-         "crops, RandAugment, erasing, MixUp, CutMix, smoothing"),
+         "how training images are varied. shift: moved; decathlon: crops, flips, colours, noise; "
+         "deit: crops, RandAugment, erasing, MixUp, CutMix, smoothing"),
     ],
     "network": [
         ("--size", str, ("drawn-small", "small"), f"width and heads: {', '.join(VIT_SIZES)}, or as 384x6"),
@@ -994,7 +1004,8 @@ SHARED = {
         ("--weight-decay", amount, 0.05, "AdamW"),
         ("--warmup", share, 0.05, "share of the steps that warm up"),
         ("--clip", amount, (1.0, 0.0), "gradient norm, 0 for no clipping"),
-        ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision; auto: bf16 on a GPU, none on a CPU"),
+        ("--amp", ["auto", "none", "bf16", "fp16"], "auto",
+         "mixed precision; auto: bf16 on a GPU, none on a CPU"),
     ],
     "further training": [
         ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of networks that are trained on"),
@@ -1007,11 +1018,12 @@ SHARED = {
 
 
 class Settings:
-    """The values of all flags, read-only: args.batch_size; vars(args); args.replace(alpha=0.0) is a changed copy.
+    """The values of all flags, read-only; vars(args) is a dict, args.replace(seed=1) a changed copy.
 
-    headings: {heading: names of its flags}; defaults: {name: value} of the preset, for those flags that have one.
+    headings: {heading: names of its flags}; defaults: {name: value} of the preset, for those flags that have
+    one.
     """
-    __slots__ = ("__dict__", "headings", "defaults")                # what vars() is not to show has a slot of its own
+    __slots__ = ("__dict__", "headings", "defaults")                # what vars() is not to show has a slot
 
     def __init__(self, values, headings=None, defaults=None):
         object.__setattr__(self, "headings", headings or {})
@@ -1026,7 +1038,8 @@ class Settings:
 
     def changed(self):
         """{name: value} of the flags that differ from the preset's defaults."""
-        return {name: getattr(self, name) for name, value in self.defaults.items() if getattr(self, name) != value}
+        values = {name: getattr(self, name) for name in self.defaults}
+        return {name: value for name, value in values.items() if value != self.defaults[name]}
 
     def replace(self, **values):
         return Settings({**vars(self), **values}, self.headings, self.defaults)
@@ -1042,7 +1055,7 @@ def identity(args, *headings):
 
 
 def flag_table(own, defaults):
-    """{heading: rows}: a script's own rows, then the shared ones, each with the script's default where it has one."""
+    """{heading: rows}: a script's own rows, then the shared ones, with the script's defaults."""
     table = {}
     taken = [name for rows in own.values() for name, *_ in rows]
     for heading in [*SHARED, *own]:
@@ -1103,8 +1116,9 @@ def add_flag(group, name, kind, default, text):
 def parse_flags(description, own, defaults, argv=None):
     """Settings from a command line (by default the process's own).
 
-    own: {heading: rows} of the script, beside or instead of those in SHARED; defaults: {flag: default} where the
-    script's differs from the shared one. --preset picks among the defaults, and a flag that is given wins.
+    own: {heading: rows} of the script, beside or instead of those in SHARED; defaults: {flag: default} where
+    the script's differs from the shared one. --preset picks among the defaults, and a flag that is given
+    wins.
     """
     table = flag_table(own, defaults)
     parser = Parser(description=description, usage="%(prog)s [--preset drawn|paper] [--FLAG VALUE ...]")
@@ -1133,7 +1147,7 @@ def announce(run, args):
 
 
 def script(main):
-    """Runs a script's main: bad input is one sentence on stderr and exit code 2; Ctrl-C says how to go on, code 130."""
+    """Runs a script's main: bad input is one sentence and exit code 2, Ctrl-C one and 130."""
     try:
         main()
     except InputError as error:
@@ -1149,13 +1163,14 @@ def farewell(sentence, code):
     return code
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 7. Weights: files
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))           # mean and std of pixels, where white is 1
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema", "teacher", "net", "module")     # as scripts wrap
+# Under these keys training scripts put weights; the first that is there is taken.
+WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema", "teacher", "net", "module")
 
 
 def safetensors_package():
@@ -1167,12 +1182,12 @@ def safetensors_package():
 
 
 def read_weights(path):
-    """(weights, about) of a file: {name: tensor} on the CPU, and what is said of them. Any trouble is one sentence.
+    """(weights, about) of a file: {name: tensor} on the CPU, and what is said of them.
 
-    .safetensors, or whatever torch.load reads without running anything (.pt, .pth, .bin). Training checkpoints are
-    unwrapped, and names lose what DDP, AveragedModel and torch.compile put before them. about: "wrapped", the key that
-    was unwrapped; "own", a checkpoint of this code; "said", all that is said by it, by its card and by a hub's JSON
-    files; and "heads", "mean" and "std", as far as that tells them.
+    .safetensors, or whatever torch.load reads without running anything (.pt, .pth, .bin). Training
+    checkpoints are unwrapped, and names lose what DDP, AveragedModel and torch.compile put before them.
+    about: "wrapped", the key that was unwrapped; "own", a checkpoint of this code; "said", all that is said
+    by it, by its card and by a hub's JSON files; and "heads", "mean" and "std", as far as that tells them.
     """
     path = Path(path)
     content = read_content(path)
@@ -1208,13 +1223,13 @@ def read_content(path):
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # many kinds, as in read_checkpoint
-        raise InputError(f"{path} is not a readable file of weights (truncated, foreign, or with code in it): "
-                         f"{type(error).__name__}") from error
+        raise InputError(f"{path} is not a readable file of weights (truncated, foreign, or with code in "
+                         f"it): {type(error).__name__}") from error
     return content if isinstance(content, dict) else {}
 
 
 def unwrapped(content):
-    """(the key, what is below it): the weights in a training checkpoint; (None, content) when they are not wrapped."""
+    """(key, weights) of a training checkpoint; (None, content) where the weights are not wrapped."""
     for key in WRAPPERS:
         if isinstance(content.get(key), dict):
             inner, weights = unwrapped(content[key])
@@ -1261,7 +1276,8 @@ def read_json(path):
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({type(error).__name__}); mend or remove it") from error
+        kind = type(error).__name__
+        raise InputError(f"{path} is not readable JSON ({kind}); mend or remove it") from error
 
 
 # What is said of weights, and the names it has in our cards, timm's and Hugging Face's JSON files.
@@ -1273,45 +1289,42 @@ TOLD = {
 
 
 def told(said, path):
-    """{"heads", "mean", "std"}, as far as they are said; images are normalised as (pixels - mean) / std, white being 1."""
+    """{"heads", "mean", "std"}, as far as they are said."""
     found = {}
     if said.get("do_normalize") is False:
         found = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     for key, names in TOLD.items():
         values = [said[name] for name in names if said.get(name) is not None]
         if values and key not in found:
-            found[key] = checked_heads(values[0], path) if key == "heads" else checked_channels(key, values[0], path)
+            found[key] = checked(key, values[0], path)
     return found
 
 
-def checked_heads(heads, path):
-    if type(heads) is not int or heads < 1:
-        raise InputError(f"what is said of {path} has heads {heads!r}; that is a whole number of at least 1")
-    return heads
-
-
-def checked_channels(key, values, path):
-    """Mean or std of the three channels; one number stands for all three."""
-    if type(values) in (int, float):
-        values = [values] * 3
-    good = isinstance(values, (list, tuple)) and len(values) == 3
-    good = good and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
-    if not good or (key == "std" and 0 in values):
-        raise InputError(f"what is said of {path} has {key} {values!r}; mean and std are 3 finite numbers each, "
-                         "mean from 0 to 1 and std above 0, white being 1")
-    return tuple(values)
+def checked(key, value, path):
+    """heads: a whole number; mean, std: three numbers, or one for all, of pixels where white is 1."""
+    if key == "heads":
+        if type(value) is not int or value < 1:
+            raise InputError(f"what is said of {path} has heads {value!r}; that is a whole number above 0")
+        return value
+    channels = [value] * 3 if type(value) in (int, float) else value
+    good = isinstance(channels, (list, tuple)) and len(channels) == 3
+    good = good and all(type(number) in (int, float) and 0 <= number <= 1 for number in channels)
+    if not good or (key == "std" and 0 in channels):
+        raise InputError(f"what is said of {path} has {key} {value!r}; mean and std are 3 finite numbers "
+                         "each, mean from 0 to 1 and std above 0, white being 1")
+    return tuple(channels)
 
 
 def check_said(said, needed, path):
-    """One sentence where a configuration says what these networks do not do. needed: {name: values that are right}."""
+    """One sentence where a configuration says what a network does not do; needed: {name: right values}."""
     for name, values in needed.items():
         if said.get(name) is not None and said[name] not in values:
-            right = " or ".join(str(value) for value in values)
-            raise InputError(f"what is said of {path} has {name} {said[name]!r}, and this network has {right}")
+            raise InputError(f"what is said of {path} has {name} {said[name]!r}, but these networks know "
+                             f"{' or '.join(map(str, values))}")
 
 
 def check_fits(state, net, path, optional=()):
-    """One sentence unless `state` has the tensors of `net` (but for the prefix `optional`) in their shapes, no others."""
+    """One sentence unless `state` has just the tensors of `net`, in their shapes; a prefix is optional."""
     shapes = {}
     for name, tensor in net.state_dict().items():
         if "relative_position_index" not in name:                   # a constant that torchvision computes
@@ -1325,12 +1338,14 @@ def check_fits(state, net, path, optional=()):
             raise InputError(f"{path} does not fit this {type(net).__name__}: it {trouble} {names[0]}{rest}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights: ViTs in
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# The tensors of a ViT in three dialects: timm's and DeiT's (ours), torchvision's, Hugging Face's. # is a block's number.
-# Names differ, numbers do not: q, k, v are the thirds of qkv, in this order; Hugging Face's three are joined first.
+# The tensors of a ViT in three dialects: timm's and DeiT's (ours), torchvision's, Hugging Face's. # is a
+# block's number.
+# Names differ, numbers do not: q, k, v are the thirds of qkv, in this order; Hugging Face's three are joined
+# first.
 DIALECTS = ("timm", "torchvision", "Hugging Face")
 PATCHES = ("patch_embed.proj.", "conv_proj.", "embeddings.patch_embeddings.projection.")
 NAMES = [
@@ -1363,7 +1378,8 @@ SPELLINGS = {
         (r"mlp\.fc1", "intermediate.dense"), (r"mlp\.fc2", "output.dense"),
     ],
 }
-# What may be left unused, as it stands beside or behind the encoder. Any other tensor would change the features.
+# What may be left unused, as it stands beside or behind the encoder. Any other tensor would change the
+# features.
 SPARE = re.compile(r"heads?\.|pre_logits\.|pooler\.|(embeddings\.)?mask_token$|decoder")
 
 
@@ -1410,7 +1426,7 @@ def dialect_of(weights, path):
 
 
 def heads_of_width(width, path):
-    """The number of heads by the width, as shapes do not tell: 64 to a head, as in all published ViTs but ViT-H."""
+    """The number of heads is a guess, as shapes do not tell: 64 to a head, as in all but ViT-H."""
     if width % 64:
         raise InputError(f"{path}: width {width} does not tell the number of heads; "
                          f"say \"heads\" in {card_of(path)}")
@@ -1420,8 +1436,8 @@ def heads_of_width(width, path):
 def grid_of(state, path):
     """Rows of the square grid of patches, by the position embeddings."""
     if any(re.search(r"dist(illation)?_token$", name) for name in state):
-        raise InputError(f"{path} has a distillation token, on which all of its features depend, and this ViT has none; "
-                         "take a DeiT without distillation")
+        raise InputError(f"{path} has a distillation token, on which its features depend, and this ViT has "
+                         "none; take a DeiT without distillation")
     patch = state.get("patch_embed.proj.weight", torch.empty(0))
     pos = state.get("pos_embed", torch.empty(0))
     fc1 = state.get("blocks.0.mlp.fc1.weight", torch.empty(0))
@@ -1430,19 +1446,20 @@ def grid_of(state, path):
         grid = math.isqrt(max(0, patches))
         if grid and grid ** 2 == patches:
             return grid
-    raise InputError(f"{path} is no plain ViT: that has patches of RGB images, position embeddings of a square grid, "
-                     "and MLPs")
+    raise InputError(f"{path} is no plain ViT: that has patches of RGB images, position embeddings of a "
+                     "square grid, and MLPs")
 
 
 def vit_state(weights, heads=None, path="the file"):
-    """(state, config, report) of a ViT in any dialect: float32 tensors under our names, ViTConfig by their shapes.
+    """(state, config, report) of a ViT in any dialect: float32 tensors under our names, ViTConfig by their
+    shapes.
 
     heads: by default by the width. Without a head, config says 1 class.
-    report: "source", the dialect; "unexpected", what stands behind the encoder and was left out: poolers, heads of other
-    kinds. Anything else that does not fit is one sentence.
+    report: "source", the dialect; "unexpected", what stands behind the encoder and was left out: poolers,
+    heads of other kinds. Anything else that does not fit is one sentence.
 
-    LayerNorm adds 1e-6 to the variance here, in timm and in torchvision, but 1e-12 in Hugging Face's: 1e-4 in its
-    logits.
+    LayerNorm adds 1e-6 to the variance here, in timm and in torchvision, but 1e-12 in Hugging Face's: 1e-4 in
+    its logits.
     """
     dialect, prefix = dialect_of(weights, path)
     state = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
@@ -1471,15 +1488,16 @@ def as_floats(state, path):
     """A state in float32; whole numbers are no weights (of a quantised network, say)."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():
-            raise InputError(f"{path}: {name} holds whole numbers; save floating-point weights, not quantised ones")
+            raise InputError(f"{path}: {name} holds whole numbers; save weights that are not quantised")
     return {name: tensor.float() for name, tensor in state.items()}
 
 
 def resized_pos_embed(pos_embed, grid, prefix, mode="bicubic"):
-    """Position embeddings (1, prefix + n n, D) for another grid, g or (rows, columns) -> (1, prefix + rows columns, D).
+    """Position embeddings (1, prefix + n n, D) for another grid, g or (rows, columns) -> (1, prefix + rows
+    columns, D).
 
-    Bicubic with antialiasing as in timm; DeiT and Hugging Face do without it, torchvision aligns corners; Segmenter:
-    bilinear. The first `prefix`, those of class tokens, have no place on the grid and stay.
+    Bicubic with antialiasing as in timm; DeiT and Hugging Face do without it, torchvision aligns corners;
+    Segmenter: bilinear. The first `prefix`, those of class tokens, have no place on the grid and stay.
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     n = math.isqrt(pos_embed.shape[1] - prefix)
@@ -1499,7 +1517,7 @@ VIT_SAYS = {
 
 
 def vit_says(c):
-    """The same with what depends on its ViTConfig, under the names of our cards, timm's and Hugging Face's."""
+    """The same with its sizes, under the names of our cards, timm's and Hugging Face's."""
     image = [c.image_size, [c.image_size, c.image_size]]
     return VIT_SAYS | {
         "image_size": image, "img_size": image, "patch_size": [c.patch_size],
@@ -1524,8 +1542,9 @@ def guesses(config, about, heads):
 
 
 def normalisation_of(path, about, report, classes):
-    """(mean, std, why) of the images that weights were trained on; mean and std are None for a checkpoint of this code,
-    where each task has its own. What is neither told nor to be seen in the names is a guess, and `why` says so."""
+    """(mean, std, why) of the images that weights were trained on; mean and std are None for a checkpoint of
+    this code, where each task has its own. What is neither told nor to be seen in the names is a guess, and
+    `why` says so."""
     if "mean" in about and "std" in about:
         return about["mean"], about["std"], "as told with the weights"
     if about["own"]:
@@ -1543,12 +1562,14 @@ def normalisation_of(path, about, report, classes):
 
 
 def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=None, say=print):
-    """(net, report): a ViT from a file of timm, DeiT, torchvision, Hugging Face or this code, or `net` filled from it.
+    """(net, report): a ViT from a file of timm, DeiT, torchvision, Hugging Face or this code, or `net` filled
+    from it.
 
-    num_classes, image_size: the file's by default; position embeddings are resized, and a head of other classes is left
-    fresh. net, a ViT or torchvision's Swin, decides both by itself; it is untouched unless everything fits.
-    report: "source", "loaded" (number of tensors), "missing", "unexpected" (names), "head" ("kept" or "replaced"),
-    "mean", "std", "normalisation" (why these), "guessed" (what nobody told). say prints it.
+    num_classes, image_size: the file's by default; position embeddings are resized, and a head of other
+    classes is left fresh. net, a ViT or torchvision's Swin, decides both by itself; it is untouched unless
+    everything fits.
+    report: "source", "loaded" (number of tensors), "missing", "unexpected" (names), "head" ("kept" or
+    "replaced"), "mean", "std", "normalisation" (why these), "guessed" (what nobody told). say prints it.
     """
     weights, about = read_weights(path)
     if net is None or isinstance(net, ViT):
@@ -1557,8 +1578,9 @@ def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=Non
         if not about["own"]:
             check_said(about["said"], vit_says(config), path)
         if net is None:
-            net = ViT(dataclasses.replace(
-                config, num_classes=num_classes or config.num_classes, image_size=image_size or config.image_size))
+            wanted = {"num_classes": num_classes, "image_size": image_size}
+            wanted = {name: value for name, value in wanted.items() if value}
+            net = ViT(dataclasses.replace(config, **wanted))
         check_same_architecture(config, net.config, path)
         grid = net.config.image_size // net.config.patch_size
         state["pos_embed"] = resized_pos_embed(state["pos_embed"], grid, int(config.pooling == "token"))
@@ -1584,11 +1606,12 @@ def check_same_architecture(theirs, ours, path):
     for key in ("patch_size", "width", "depth", "heads", "pooling", "mlp_ratio"):
         found, needed = getattr(theirs, key), getattr(ours, key)
         if found != needed:
-            raise InputError(f"{path} holds a ViT of {key.replace('_', ' ')} {found}, but {needed} is needed here")
+            what = key.replace("_", " ")
+            raise InputError(f"{path} holds a ViT of {what} {found}, but {needed} is needed here")
 
 
 def fill(net, state, report, path):
-    """Loads a state into a net, the head only where it has as many classes; what was done is added to the report."""
+    """Loads a state into a net, the head where it has as many classes; the report gets what was done."""
     kept = len(state.get("head.weight", ())) == len(net.head.weight) and "head.bias" in state
     if not kept:
         report["unexpected"] += [name for name in state if name.startswith("head.")]
@@ -1617,7 +1640,7 @@ def renormalised(state, source, target):
 
 
 def weight_selection(net, state):
-    """Weight selection (Xu et al. 2024): the first L layers of a larger network, of every tensor evenly spaced elements."""
+    """Weight selection (Xu et al. 2024): of a larger network's first layers, evenly spaced elements."""
     selected = {}
     for name, p in net.state_dict().items():
         if name.startswith("head."):
@@ -1631,11 +1654,11 @@ def weight_selection(net, state):
     net.load_state_dict(selected, strict=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights: GPT-2 in
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")             # GPT-2's published files hold these as (in, out)
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")             # (in, out) in published files
 MASKS = re.compile(r"\.attn\.(masked_)?bias$")                      # old files hold them as buffers
 
 
@@ -1676,10 +1699,11 @@ def gpt2_state(weights, path):
 
 
 def load_gpt2(path, num_classes=0, say=print):
-    """(net, report): a GPT-2 from a published file (pytorch_model.bin, model.safetensors) or one of export_gpt2's.
+    """(net, report): a GPT-2 from a published file (pytorch_model.bin, model.safetensors) or one of
+    export_gpt2's.
 
-    num_classes: 0 for the language model; a classifier keeps the file's `score` where that has as many, and gets a
-    fresh one else.
+    num_classes: 0 for the language model; a classifier keeps the file's `score` where that has as many, and
+    gets a fresh one else.
     report: "loaded" (number of tensors), "unexpected" (names), "head" ("none", "kept" or "replaced").
     """
     weights, about = read_weights(path)
@@ -1700,14 +1724,14 @@ def load_gpt2(path, num_classes=0, say=print):
     check_fits(state, net, path, ("score.",) if head == "replaced" else ())
     net.load_state_dict(state, strict=False)
     guess = "" if about.get("heads") else f" (a guess by the width; else say \"heads\" in {card_of(path)})"
-    say(f"{path}: GPT-2 of {depth} layers, width {width}, {heads} heads{guess}, {vocab:,} tokens; head {head}; "
-        f"not used: {', '.join(spare) or 'none'}")
+    say(f"{path}: GPT-2 of {depth} layers, width {width}, {heads} heads{guess}, {vocab:,} tokens; "
+        f"head {head}; not used: {', '.join(spare) or 'none'}")
     return net, {"loaded": len(state), "unexpected": spare, "head": head}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights: out
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SUFFIXES = {
     "timm": (".pt", ".pth", ".safetensors"),
@@ -1722,7 +1746,8 @@ def check_export(path, format, pooling=None):
         raise unknown("--format", format, list(SUFFIXES))
     suffixes = SUFFIXES[format]
     if Path(path).is_dir() or Path(path).suffix not in suffixes:
-        raise InputError(f"the file to write for {format} (--export) ends in {', '.join(suffixes)}, not {path}")
+        endings = ", ".join(suffixes)
+        raise InputError(f"the file to write for {format} (--export) ends in {endings}, not {path}")
     if format == "torchvision" and pooling == "avg":
         raise InputError("torchvision's ViT takes no mean over patches: give the network a class token, "
                          "or say --format timm")
@@ -1730,7 +1755,8 @@ def check_export(path, format, pooling=None):
         safetensors_package()
     card = card_of(path)
     if card.exists() and "build" not in flattened(read_json(card)):
-        raise InputError(f"{card}, where the card of {path} goes, is a file of something else; choose another --export")
+        raise InputError(f"{card}, where the card of {path} goes, is a file of something else; "
+                         "choose another --export")
 
 
 def write_with_card(path, state, card):
@@ -1747,35 +1773,48 @@ def write_with_card(path, state, card):
 
 
 def export_weights(state, config, path, format="timm", card=None):
-    """A ViT's state for timm or torchvision, as .pt, .pth or .safetensors, and its card: net.pt and net.pt.json.
+    """A ViT's state for timm or torchvision, as .pt, .pth or .safetensors, and its card beside it.
 
-    The card holds the architecture, the call whose module loads the file strictly, and what the caller's `card` says
-    (task, method, "mean", "std" ...).
+    The card holds the architecture, the call whose module loads the file strictly, and what the caller's
+    `card` says (task, method, "mean", "std" ...).
     """
     path = Path(path)
     check_export(path, format, config.pooling)
     with torch.device("meta"):
         check_fits(state, ViT(config), "the network to export")
-    written = {"architecture": dataclasses.asdict(config), "format": format, "build": vit_call(config, format)}
-    write_with_card(path, renamed(state, "timm", format), {**written, **(card or {})})
+    architecture = dataclasses.asdict(config)
+    written = {"architecture": architecture, "format": format, "build": vit_call(config, format)}
+    write_with_card(path, renamed(state, "timm", format), written | (card or {}))
 
 
 def vit_call(c, format):
     """The call that builds the module of timm or torchvision."""
     if format == "timm":
-        return (
-            f"timm.models.vision_transformer.VisionTransformer(img_size={c.image_size}, patch_size={c.patch_size}, "
-            f"embed_dim={c.width}, depth={c.depth}, num_heads={c.heads}, mlp_ratio={c.mlp_ratio}, "
-            f"num_classes={c.num_classes}, global_pool={c.pooling!r}, class_token={c.pooling == 'token'})")
-    return (
-        f"torchvision.models.VisionTransformer(image_size={c.image_size}, patch_size={c.patch_size}, "
-        f"num_layers={c.depth}, num_heads={c.heads}, hidden_dim={c.width}, mlp_dim={c.mlp_ratio * c.width}, "
-        f"num_classes={c.num_classes})")
+        name = "timm.models.vision_transformer.VisionTransformer"
+        arguments = {
+            "img_size": c.image_size, "patch_size": c.patch_size, "embed_dim": c.width, "depth": c.depth,
+            "num_heads": c.heads, "mlp_ratio": c.mlp_ratio, "num_classes": c.num_classes,
+            "global_pool": c.pooling, "class_token": c.pooling == "token",
+        }
+    else:
+        name = "torchvision.models.VisionTransformer"
+        arguments = {
+            "image_size": c.image_size, "patch_size": c.patch_size, "num_layers": c.depth,
+            "num_heads": c.heads, "hidden_dim": c.width, "mlp_dim": c.mlp_ratio * c.width,
+            "num_classes": c.num_classes,
+        }
+    return f"{name}({keywords(arguments)})"
+
+
+def keywords(arguments):
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def export_gpt2(net, path, card=None):
-    """A GPT-2 under transformers' names and layout, as .bin, .pt or .safetensors, and its card: config.json's entries,
-    the call whose module loads the file, and the caller's `card`."""
+    """A GPT-2 for transformers, as .bin, .pt or .safetensors, and its card.
+
+    The card holds config.json's entries, the call whose module loads the file, and the caller's `card`.
+    """
     path, c = Path(path), net.config
     check_export(path, "transformers")
     state = {}
@@ -1784,13 +1823,12 @@ def export_gpt2(net, path, card=None):
         state[name if name.startswith("score.") else f"transformer.{name}"] = tensor
     end = c.vocab - 1
     sizes = {
-        "vocab_size": c.vocab, "n_positions": c.context, "n_embd": c.width, "n_layer": c.depth, "n_head": c.heads,
-        "num_labels": c.num_classes, "pad_token_id": end,
+        "vocab_size": c.vocab, "n_positions": c.context, "n_embd": c.width, "n_layer": c.depth,
+        "n_head": c.heads, "num_labels": c.num_classes, "pad_token_id": end,
     }
-    arguments = ", ".join(f"{name}={value}" for name, value in sizes.items())
-    build = f"transformers.GPT2ForSequenceClassification(transformers.GPT2Config({arguments}))"
+    build = f"transformers.GPT2ForSequenceClassification(transformers.GPT2Config({keywords(sizes)}))"
     written = {"model_type": "gpt2", **sizes, "bos_token_id": end, "eos_token_id": end, "build": build}
-    write_with_card(path, state, {**written, **(card or {})})
+    write_with_card(path, state, written | (card or {}))
 
 
 if __name__ == "__main__":
