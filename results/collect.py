@@ -1,0 +1,307 @@
+"""From the runs of reproduce.sh to numbers: results/TABLE.csv, with one line per row, column and seed.
+
+Each number comes from a log.jsonl or JSON file of a run: most as rows.csv says, others by a function here.
+A table of which no run is there keeps its file. tables.py calls this, and makes the pages.
+
+Contents: names - reading runs - numbers by rows.csv - numbers that are calculated - writing them
+"""
+import csv
+import fnmatch
+import json
+import re
+import statistics
+from pathlib import Path
+
+# --------------------------------------------------------------------------------------------------
+# Names
+# --------------------------------------------------------------------------------------------------
+
+# A drawn task, the papers' name of the dataset for which it stands, and that dataset's name in data.py.
+STANDS_FOR = """
+    base              ImageNet    imagenet
+    aircraft          Airc.       decathlon/aircraft
+    objects           C100        decathlon/cifar100
+    pedestrian        DPed        decathlon/daimlerpedcls
+    textures          DTD         decathlon/dtd
+    signs             GTSRB       decathlon/gtsrb
+    glyphs            OGlt        decathlon/omniglot
+    digits            SVHN        decathlon/svhn
+    motion            UCF         decathlon/ucf101
+    flowers           Flwr        decathlon/vgg-flowers
+    clothing          F-MNIST     fashion-mnist
+    faces             FER2013     fer2013
+    lesions           HAM10000    ham10000
+    paraphrases       MRPC        mrpc
+    paraphrases F1    MRPC F1     mrpc F1
+    acceptability     CoLA        cola
+    entailment        RTE         rte
+    sentiment         IMDB        imdb
+"""
+PAPERS_NAME = {"kinds": "CIFAR10", "variety": "CIFAR100", "tail": "Food-101",
+               "cifar10": "CIFAR10", "cifar100": "CIFAR100", "food101": "Food-101"}
+DRAWN_NAME = {}
+for line in STANDS_FOR.strip().splitlines():
+    drawn, paper, real = re.split(r"\s{2,}", line.strip())
+    PAPERS_NAME[drawn] = paper
+    DRAWN_NAME[real] = drawn
+
+NINE = ["aircraft", "objects", "pedestrian", "textures", "signs", "glyphs", "digits", "motion", "flowers"]
+UNSEEN = ["clothing", "faces", "lesions"]
+TEXT = ["paraphrases", "paraphrases F1", "acceptability", "entailment", "sentiment"]
+NEAR = ["kinds", "variety", "tail", "cifar10", "cifar100", "food101"]               # Fig. 4 of the same
+SETS = {"nine": NINE, "unseen": UNSEEN, "text": TEXT, "near": NEAR}
+
+METHODS = {"ghn3": "GHN-3", "logah": "LoGAH", "tal": "TAL", "tal+": "TAL+"}         # who a run is of
+ABLATIONS = {"no-task-info": "TAL (w/o T.I.)", "no-ancestry": "TAL (w/o ans-net)", "tal": "TAL"}
+WHO = {**METHODS, **ABLATIONS, "random": "RandInit", "selection": "selection", "finetune": "fine-tuning"}
+STARTS = {"prefine": "Pre-Fine", "scratch": "From Scratch", "heur": "Heur-Learngene",
+          "auto": "Auto-Learngene", "peg": "PEG", "tleg": "TLEG", "weight-selection": "weight selection",
+          "adaptive": "Adapt-Learngene", "all": "all learngenes"}
+SIZE_OF_WIDTH = {"32": "Tiny", "48": "Small", "64": "Base", "192": "Tiny", "384": "Small", "768": "Base"}
+
+# --------------------------------------------------------------------------------------------------
+# Reading runs
+# --------------------------------------------------------------------------------------------------
+
+def log_lines(path):
+    """The records of a log.jsonl; a line that a killed run has torn is left out."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def json_lines(path):
+    """The same of figure3.json, and of untrained-STAGE-SPLIT.json: {size: {task: accuracy}}."""
+    content = json.loads(path.read_text())
+    if path.stem == "figure3":
+        yield {"stage": "figure3", **content}
+        return
+    for size, row in content.items():
+        for task, accuracy in row.items():
+            # "*" marks a size never trained on
+            yield {"stage": path.stem, "size": size.rstrip("*"), "task": task, "accuracy": accuracy}
+
+
+def read_runs(out):
+    """All records. A command that was run again logs again, and its last word counts."""
+    latest = {}
+    for pattern in ("log.jsonl", "untrained-*-test.json", "figure3.json"):
+        for path in sorted(out.rglob(pattern)):
+            folder = str(path.parent.relative_to(out))
+            for line in log_lines(path) if pattern == "log.jsonl" else json_lines(path):
+                record = named(line, folder)
+                same = ("stage", "task", "size", "images", "method", "draw", "learngene", "search")
+                latest[folder, *(str(record.get(name)) for name in same)] = record
+    return list(latest.values())
+
+
+def named(record, folder):
+    """The record, with what the tables call its run (the folder without the seed), method, task and so on."""
+    seed = re.search(r"-s(\d+)(/|$)", folder)
+    record["run"] = re.sub(r"-s\d+(?=/|$)", "", folder)
+    record["seed"] = int(seed[1]) if seed else 0
+    record["who"] = WHO.get(record["run"].split("/")[0])
+    record["start"] = STARTS.get(record.get("method"))
+    record["draw"] = f"draw {(record.get('draw') or 0) + 1}"
+    record["task"] = DRAWN_NAME.get(record.get("task"), record.get("task"))
+    if "network" in record:
+        layers, width = record["network"].split("x")
+        record["size"] = f"{layers}-{SIZE_OF_WIDTH.get(width, width)}"
+    if record.get("depths"):
+        record["layers"] = layers_here_and_there(record["depths"][0], record["size"])
+    return record
+
+
+def layers_here_and_there(layers, size):
+    """Here and, in brackets, in the paper's Small: its ancestry has 12 layers, the drawn one 6."""
+    if size.startswith("drawn"):
+        return f"{layers} ({layers + 3}) layers"
+    row = f"{layers - 3} ({layers}) layers"
+    return row if size == "small" else f"{size.title()}, {row}"
+
+
+def matches(name, patterns):
+    """Whether a name is among "a|b", in which * stands for anything, and a key of SETS for a set of tasks."""
+    for pattern in patterns.split("|"):
+        if name in SETS.get(pattern, []) or fnmatch.fnmatchcase(str(name), pattern):
+            return True
+    return False
+
+
+def select(records, runs, stage, **fields):
+    """Records of a stage whose fields match patterns, in the order of the runs' patterns."""
+    found = []
+    for run in runs.split("|"):
+        for record in records:
+            if record["stage"] == stage and matches(record["run"], run):
+                if all(matches(record.get(name), patterns) for name, patterns in fields.items()):
+                    found.append(record)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers (row, column, seed, value) by rows.csv
+# --------------------------------------------------------------------------------------------------
+
+def by_rows_csv(records, table):
+    with open(Path(__file__).with_name("rows.csv"), newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["table"] == table]
+    for line in lines:
+        fields = {name: line[name] for name in ("task", "size", "method")}
+        for r in select(records, line["runs"], line["stage"], **fields):
+            yield line["row"].format(**r), line["column"].format(**r), r["seed"], r[line["value"]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers that are calculated
+# --------------------------------------------------------------------------------------------------
+
+def minutes_of(records, runs):
+    """{seed: minutes of training} of hypernetworks: the images of both stages at the 90th percentile of their
+    images/s, which other work on the machine disturbs least."""
+    minutes = {}
+    for stage in ("pretrain", "tune"):
+        logged = [r for r in select(records, runs, stage) if "images_per_s" in r]
+        for seed in sorted({r["seed"] for r in logged}):
+            mine = [r for r in logged if r["seed"] == seed]
+            rates = sorted(r["images_per_s"] for r in mine)
+            seconds = max(r["images"] for r in mine) / rates[int(0.9 * (len(rates) - 1))]
+            minutes[seed] = minutes.get(seed, 0) + seconds / 60
+    return minutes
+
+
+def training_time(records):
+    for run, method in METHODS.items():
+        for seed, minutes in minutes_of(records, run).items():
+            yield "minutes", method, seed, minutes
+
+
+def text_training_time(records):
+    """Of one TAL, and of the LoGAHs of all tasks together."""
+    for seed, minutes in minutes_of(records, "text-tal").items():
+        yield "minutes, TAL", "all", seed, minutes
+    runs = sorted({r["run"] for r in select(records, "text-logah-*", "tune")})
+    each = [minutes_of(records, run) for run in runs]
+    for seed in sorted(set.intersection(*map(set, each))) if each else []:
+        yield "minutes, LoGAH", "all", seed, sum(minutes[seed] for minutes in each)
+
+
+def unseen_tasks(records):
+    """Two trainings of each task, told apart by their images."""
+    found = select(records, "random/unseen-*|logah|tal", "train", task="unseen", size="3-*")
+    longest = {}
+    for r in found:
+        longest[r["task"]] = max(longest.get(r["task"], 0), int(r["images"]))
+    for r in found:
+        length = "long" if int(r["images"]) == longest[r["task"]] else "short"
+        yield f"{r['task']}, {length}", r["who"], r["seed"], r["trained"]
+
+
+def task_graphs(records):
+    for r in select(records, "tal", "figure3"):
+        for space, value in r["silhouette"].items():
+            yield f"silhouette, {space}", "all", r["seed"], value
+        yield "share between tasks", "all", r["seed"], r["between"]
+        for task, points in zip(r["tasks"], r["xy"]):
+            for network, (x, y) in zip(r["networks"], points):
+                yield f"{task}, {network}", "x", r["seed"], x
+                yield f"{task}, {network}", "y", r["seed"], y
+
+
+def fewest_learngenes(records):
+    """What each number of learngenes gives, and the fewest that keep 95 % of what all ten give."""
+    few = select(records, "table4-*", "train")
+    selected = select(records, "table1-small", "train", method="adaptive")
+    for whole in select(records, "table1-small", "train", method="all"):
+        task, seed = whole["task"], whole["seed"]
+        fewer = [r for r in few if (r["task"], r["seed"]) == (task, seed)]
+        if not fewer:
+            continue
+        yield "Small, All", task, seed, whole["accuracy"]
+        for r in fewer:
+            yield f"{r['genes']} learngene{'s' if r['genes'] > 1 else ''}", task, seed, r["accuracy"]
+        fewer += [r for r in selected if (r["task"], r["seed"]) == (task, seed)]
+        enough = [r for r in fewer if r["accuracy"] >= 0.95 * whole["accuracy"]]
+        if enough:
+            fewest = min(enough, key=lambda r: len(r["learngenes"]))
+            yield "Small, Num", task, seed, len(fewest["learngenes"])
+            yield "Small, Ours", task, seed, fewest["accuracy"]
+            for kind in ("stored", "nominal", "deployed"):
+                yield f"parameters, {kind}", task, seed, fewest[kind]
+
+
+def curves(records):
+    for run, network in (("figure3", "ViT"), ("figure3-swin", "Swin")):
+        for r in select(records, run, "train"):
+            for look, accuracy in enumerate(r["curve"], 1):
+                images = r["images"] * look / len(r["curve"])
+                yield f"{network}, {r['start']}", f"{images:.0f}", r["seed"], accuracy
+
+
+def pools(records):
+    """Forgetting, and learngenes alone: row n of a "table" has the accuracies of learngene n on all datasets,
+    the last row those of an untrained network."""
+    for r in select(records, "*", "alone"):
+        learned = [own for own in select(records, r["run"], "pool") if own["seed"] == r["seed"]]
+        *learngenes, untrained = r["table"]
+        means = [statistics.mean(row) for row in learngenes]
+        best = [accuracies.index(max(accuracies)) for accuracies in zip(*learngenes)]
+        values = {"kept": sum(own["kept"] for own in learned),
+                  "compared": sum(own["earlier"] for own in learned),
+                  "own dataset": statistics.mean(own["val"] for own in learned),
+                  "alone, least": min(means),
+                  "alone, most": max(means),
+                  "untrained": statistics.mean(untrained),
+                  "own is best": sum(n == dataset for dataset, n in enumerate(best)),
+                  "datasets": len(best)}
+        if r["run"].startswith("literal"):
+            values |= {f"learngene {n} alone": mean for n, mean in enumerate(means, 1)}
+        for column, value in values.items():
+            yield f"pool {r['run']}", column, r["seed"], value
+
+
+def domains(records):
+    """Whether held-out classes rank the learngene of their own domain first."""
+    own_learngene = {"signs": "2", "textures": "3", "clothing": "4"}
+    for r in select(records, "domains", "select"):
+        best = max(r["singles"], key=r["singles"].get)
+        hit = best == own_learngene[r["task"].split(":")[0]]
+        yield f"domains, {r['task']}", "own learngene first", r["seed"], int(hit)
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing them
+# --------------------------------------------------------------------------------------------------
+
+TABLES = ["tal-1", "tal-2", "tal-3", "tal-4", "tal-5", "tal-6", "tal-7", "tal-8", "tal-9", "tal-fig3",
+          "alternatives", "al-1", "al-2", "al-3", "al-4", "al-fig3", "al-fig4", "al-pool"]
+CALCULATED = {"tal-4": [training_time], "tal-5": [unseen_tasks], "tal-6": [text_training_time],
+              "tal-fig3": [task_graphs], "al-4": [fewest_learngenes], "al-fig3": [curves],
+              "al-pool": [pools, domains]}
+
+
+def collect(out, results):
+    """Writes results/TABLE.csv of every table that has a run, and the runs' machine and minutes."""
+    records = read_runs(out)
+    for table in TABLES:
+        numbers = list(by_rows_csv(records, table))
+        for calculate in CALCULATED.get(table, []):
+            numbers += calculate(records)
+        if numbers:
+            write_csv(results / f"{table}.csv", table, numbers)
+    if (out / "run.txt").exists():
+        (results / "run.txt").write_text((out / "run.txt").read_text())
+
+
+def write_csv(path, table, numbers):
+    """Several numbers of one row, column and seed are averaged."""
+    cells = {}
+    for row, column, seed, value in numbers:
+        cells.setdefault((row, column, seed), []).append(value)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["table", "row", "column", "seed", "value"])
+        for (row, column, seed), values in cells.items():
+            writer.writerow([table, row, column, seed, f"{statistics.mean(values):.6g}"])
