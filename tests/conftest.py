@@ -1,4 +1,4 @@
-"""What several test files share: runs of seconds, what they leave behind, kills and torchrun, files from elsewhere."""
+"""What test files share: runs of seconds and what they leave, kills and torchrun, files from elsewhere."""
 import contextlib
 import json
 import os
@@ -16,11 +16,11 @@ import torchvision
 from PIL import Image
 
 import common
-import data
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = common.Machine(torch.device("cpu"), None)
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PATHS}
 
 # Flags of tal.py for a run of seconds.
 TINY = (
@@ -32,6 +32,7 @@ TINY = (
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
     """One cache of drawn data for all runs of a session."""
+    import data
     folder = tmp_path_factory.mktemp("data")
     data.load_many([data.BASE, *data.DECATHLON, "clothing"], str(folder), 32)
     return folder
@@ -46,9 +47,9 @@ def tuned(drawn, tmp_path_factory):
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bad input, and what a run leaves
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def refuses(match):
@@ -98,9 +99,9 @@ def assert_same_run(folder, reference, stage):
     assert log_of(folder, stage) == log_of(reference, stage)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes: kills and torchrun
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def start(argv, log, script=ROOT / "tal.py", processes=1):
     """A script in a process of its own, or under torchrun; what it prints is added to the file `log`."""
@@ -140,8 +141,8 @@ def kill_when(now, argv, log, **how):
     assert process.wait() == -signal.SIGKILL
 
 
-# A script that kills itself: in the update of one step of one stage, in every process or in that of one rank; or when a
-# file of this name is written but has not yet got its name (the step is then -1).
+# A script that kills itself: in the update of one step of one stage, in every process or in that of one rank;
+# or when a file of this name is written but has not yet got its name (the step is then -1).
 DYING = """
 import json, os, signal, sys
 import common
@@ -170,21 +171,21 @@ common.script(__import__(module).main)
 
 
 def dying_script(folder, module, stage, step, rank=None):
-    """(script, first argument) of a script like `module`.py ("tal") that kills itself; for `start` and `finish`."""
+    """(script, its first argument) like `module`.py ("tal"), but one that kills itself; for `start`, `finish`."""
     path = Path(folder) / "dying.py"
     path.write_text(DYING)
     return path, json.dumps([module, stage, step, rank])
 
 
 def killed_in(stage, step, argv, log, module="tal"):
-    """Runs a script that kills itself in the update of this step of this stage (step -1: while STAGE.pt is written)."""
+    """Runs a script that kills itself in this step of this stage (step -1: while STAGE.pt is written)."""
     script, first = dying_script(Path(log).parent, module, stage, step)
     finish([first, *argv], log, code=-signal.SIGKILL, script=script)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files from elsewhere
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SMALL = common.ViTConfig(32, 8, 64, 3, 4, 7)         # 16 patches of 8 px; 4 heads, more than the width tells
 MERGES = ["l o", "lo w", "e r", "Ġ low", "a a", "aa a", "b c", "a b", "# #", "Ã ©"]
@@ -209,8 +210,9 @@ def saved(path, content):
 
 def torchvision_vit(config=SMALL, **more):
     return random_weights(torchvision.models.VisionTransformer(
-        image_size=config.image_size, patch_size=config.patch_size, num_layers=config.depth, num_heads=config.heads,
-        hidden_dim=config.width, mlp_dim=config.mlp_ratio * config.width, num_classes=config.num_classes, **more))
+        image_size=config.image_size, patch_size=config.patch_size, num_layers=config.depth,
+        num_heads=config.heads, hidden_dim=config.width, mlp_dim=config.mlp_ratio * config.width,
+        num_classes=config.num_classes, **more))
 
 
 HUGGING_FACE = {
@@ -242,6 +244,7 @@ def hugging_face(state, prefix="vit."):
 
 def gpt2_files(folder, merges=MERGES, names=("vocab.json", "merges.txt"), **changes):
     """GPT-2's two files with these merges, as "a b"; `changes` of the vocabulary: token -> id or None."""
+    import data
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [*data.byte_symbols().values(), *(m.replace(" ", "") for m in merges), data.END]
     vocab = {token: number for number, token in enumerate(tokens)} | changes
@@ -252,7 +255,7 @@ def gpt2_files(folder, merges=MERGES, names=("vocab.json", "merges.txt"), **chan
 
 
 def picture(path, colour, size=(20, 16)):
-    """An image of one colour (channels differ by what JPEG leaves of it), so that a label can be read off the picture."""
+    """An image of one colour, so that its label can be read off the picture, whatever JPEG leaves of it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     Image.new("RGB", size, colour).save(path)
 
@@ -293,7 +296,8 @@ def decathlon(root, domain="gtsrb", images="", test=False, respell=str, classes=
     for split, labels in (("train", [1, 2, 1, 2]), ("val", [2, 1, 0]), ("test", [0, 1])):
         labelled = test or split != "test"
         name = f"{domain}_{split}{'' if labelled else '_stripped'}.json"
-        for file, label in coco(root / "annotations" / name, domain, split, labels, classes, labelled=labelled):
+        path = root / "annotations" / name
+        for file, label in coco(path, domain, split, labels, classes, labelled=labelled):
             picture(root / images / respell(file), shade(label))
 
 
