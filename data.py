@@ -455,7 +455,7 @@ def check_names(names, data_dir="data", modality="image"):
 def checked(name, data_dir):
     """The name of a task, of a folder its shortest path; InputError for what is unknown or means two things."""
     origin = origin_of(name)
-    if origin != name:
+    if origin != name and origin_of(origin) == origin:      # no part of a part
         whole = checked(origin, data_dir)
         if origin in SPECS:
             classes_of(name, len(SPECS[origin].class_names))
@@ -607,31 +607,26 @@ def read_folder(root):
 def split_folders(root):
     """{split: folder} of a folder that has train/, val/ and test/ or the like; {} where it holds classes.
 
-    A folder of that name which holds images, and no folders, is a class.
+    A folder of that name which holds images, and no folders, is a class, unless there is a train/ with folders.
     """
-    folders = sub_folders(root)
-    splits, others = {}, []
-    for name in folders:
+    names = sub_folders(root)
+    with_folders = [name for name in names if sub_folders(os.path.join(root, name))]
+    has_train = "train" in [SPLIT_FOLDERS.get(name.lower()) for name in with_folders]
+    splits = {}
+    for name in names if has_train else with_folders:
         split = SPLIT_FOLDERS.get(name.lower())
         if split in splits:
-            raise InputError(f"{root} has both {os.path.basename(splits[split])}/ and {name}/ for {split} images; "
-                             "leave one of them")
-        if split and sub_folders(os.path.join(root, name)):
+            raise InputError(f"{root} has more than one folder of {split} images, such as {name}; leave one of them")
+        if split:
             splits[split] = os.path.join(root, name)
-        else:
-            others.append(name)
-    for name in others:
-        split = SPLIT_FOLDERS.get(name.lower())
-        if "train" in splits and split:                     # an empty val/ beside a full train/ is no class
-            splits[split] = os.path.join(root, name)
-        elif LIKE_A_SPLIT.match(name.lower()) and (splits or sub_folders(os.path.join(root, name))):
+        elif LIKE_A_SPLIT.match(name.lower()):
             raise InputError(f"{os.path.join(root, name)} looks like a split, but its name is none of "
                              f"{', '.join(SPLIT_FOLDERS)}: rename it or move it away")
-        elif "train" in splits:
+        elif has_train:
             print(f"{root}: {printable(name)}/ is not used, as it is no split such as train/")
-    if splits and "train" not in splits:
-        raise InputError(f"{root} has {' and '.join(splits)} images in folders of their own, but no train/ folder")
-    return splits
+    if splits and not has_train:
+        raise InputError(f"{root} has {' and '.join(sorted(splits))} images in folders of their own, but no train/")
+    return {split: splits[split] for split in SPLITS if split in splits}
 
 
 def read_splits(folders):
@@ -985,18 +980,11 @@ class FileTask(Task):
         """As Task.fetch, from the workers."""
         asked = batch_size, seed, recipe, rank, world
         if self.ahead.get(split, ())[:2] != (asked, step):
-            keys = self.keys(split, step, *asked)
+            keys = keys_from(step, len(self.labels[split]), *asked)
             self.ahead[split] = asked, step, decoded(self.images[split], keys, self.workers, self.device)
         batches = self.ahead[split][2]
         self.ahead[split] = asked, step + 1, batches
         return self.take(split, *next(batches))
-
-    def keys(self, split, step, batch_size, seed, recipe, rank, world):
-        """What the batches from `step` on are made of: row, recipe and random stream of each image."""
-        for at in itertools.count(step):
-            rows = rows_of(len(self.labels[split]), at, batch_size, seed, rank, world).tolist()
-            streams = chance_of(len(rows), seed, at, rank, world)
-            yield [(row, recipe, stream) for row, stream in zip(rows, streams)]
 
     def in_order(self, split, rows, size):
         """These images in batches of `size`."""
@@ -1035,11 +1023,18 @@ class Examples:
         return self.task.in_order(self.name, range(self.count), size)
 
 
-def decoded(dataset, keys, workers, device):
-    """(uint8 batch, {row: why it cannot be read}) for lists of keys; see ImageFiles.__getitems__.
+# The next two know nothing of the task that holds them: processes that die in a reference cycle take 5 s each to do so.
 
-    Knows nothing of the task that holds it: processes that die in a reference cycle take 5 s each to do so.
-    """
+def keys_from(step, count, batch_size, seed, recipe, rank, world):
+    """What the batches from `step` on of a split of `count` are made of: row, recipe and random stream of each image."""
+    for at in itertools.count(step):
+        rows = rows_of(count, at, batch_size, seed, rank, world).tolist()
+        streams = chance_of(len(rows), seed, at, rank, world)
+        yield [(row, recipe, stream) for row, stream in zip(rows, streams)]
+
+
+def decoded(dataset, keys, workers, device):
+    """(uint8 batch, {row: why it cannot be read}) for lists of keys; see ImageFiles.__getitems__."""
     yield from torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=workers, collate_fn=tuple, pin_memory=device.type == "cuda",
         generator=torch.Generator())                        # not the stream from which training draws

@@ -16,18 +16,7 @@ from torchvision import datasets
 
 import data
 from common import accuracy
-from test_common import refuses
-
-
-def picture(path, colour, size=(20, 16)):
-    """An image of one colour (channels differ by what JPEG leaves of it), so that a label can be read off the picture."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-
-
-def shade(k):
-    """The colour of class k in these tests."""
-    return (20 * k + 10, 0, 0)
+from conftest import coco, decathlon, folders, picture, refuses, shade
 
 
 def classes_seen(task, split):
@@ -46,33 +35,117 @@ def counts(task):
 
 
 def load(name, folder, **how):
-    return data.load(name, str(folder), **{"image_size": 16, "workers": 1, **how})
+    return data.load(str(name), str(folder), **{"image_size": 16, "workers": 1, **how})
 
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Augmentation
+# ------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def both(tmp_path):
+    """(in memory, in files) of the same folder: 25 images of random pixels in two classes."""
+    rng = np.random.default_rng(0)
+    for k in range(25):
+        folder = tmp_path / "set" / "ab"[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20 + k, 30, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    root = str(tmp_path / "set")
+    task, files = load(root, tmp_path), load(root, tmp_path, memory=0)
+    assert type(task) is data.Task and isinstance(files, data.FileTask)
+    assert task.fingerprint == files.fingerprint and (task.mean, task.std) == (files.mean, files.std)
+    return task, files
+
+
+@pytest.mark.parametrize("recipe", ["decathlon", "deit"])
+def test_recipes_are_pure_functions(both, recipe):
+    """Of seed and step: not of workers, of what came before, of `world`, or of torch's own random state."""
+    task, files = both
+    expected = [files.batch("train", step, 8, seed=1, recipe=recipe)[0] for step in range(3)]
+    files.workers = 0
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    for step in (2, 0):
+        x = files.batch("train", step, 8, seed=1, recipe=recipe)[0]
+        assert torch.equal(x, expected[step]) and x.shape == (8, 3, 16, 16)
+    assert torch.equal(files.to("cpu").batch("train", 1, 8, seed=1, recipe=recipe, rank=1, world=2)[0], expected[1][1::2])
+    assert not torch.equal(files.batch("train", 2, 8, seed=2, recipe=recipe)[0], expected[2])
+    x = task.batch("train", 1, 8, seed=1, recipe=recipe)[0]
+    assert torch.equal(task.batch("train", 1, 8, seed=1, recipe=recipe, rank=1, world=2)[0], x[1::2])
+    assert not torch.equal(x, task.batch("train", 1, 8, seed=1)[0]) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_digits_are_not_mirrored():
+    image = torch.arange(256, dtype=torch.uint8).repeat(3, 16, 1)[:, :, 100:164]     # brighter to the right
+    for name, mirrored in (("decathlon/svhn", False), ("decathlon/dtd", True)):
+        rising = [data.augmentation("decathlon", 16, name)(image).float() for _ in range(20)]
+        assert any(x[:, :, 0].mean() > x[:, :, -1].mean() for x in rising) == mirrored
+
+
+def test_erasing():
+    torch.manual_seed(0)
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    share = [(data.erase(image) != 0).float().mean().item() for _ in range(400)]
+    assert 60 < sum(s > 0 for s in share) < 140 and max(share) < 1 / 3 and (image == 0).all()
+
+
+def test_mixed():
+    x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 3
+    first, target = data.mixed(x, y, 3, 0, 0)
+    assert target.shape == (8, 3) and torch.allclose(target.sum(1), torch.ones(8))
+    again = data.mixed(x, y, 3, 0, 0)
+    assert torch.equal(first, again[0]) and torch.equal(target, again[1])
+    assert not torch.equal(first, data.mixed(x, y, 3, 0, 1)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Images decoded as they are needed
+# ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_give_the_same_batches(both, workers):
+    task, files = both
+    files.workers = workers
+    state = torch.get_rng_state()
+    for step in (0, 1, 2, 3, 9, 4):                         # 20 images: the third batch runs over the end of an epoch
+        for how in (dict(), dict(recipe="shift", rank=1, world=2)):
+            for a, b in zip(task.batch("train", step, 8, seed=5, **how), files.batch("train", step, 8, seed=5, **how)):
+                assert torch.equal(a, b)
+    x, y = files.examples("val", 4)
+    assert len(x) == 4 and torch.equal(torch.cat(list(x.split(3))), task.examples("val", 4)[0])
+    brightest = lambda x: x.flatten(1).float()              # any function of the images will do
+    assert accuracy(brightest, files, "train", "cpu") == accuracy(brightest, task, "train", "cpu")
+    assert torch.equal(y, task.labels["val"][:4]) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_unreadable_images_are_skipped(tmp_path, capsys):
+    """The next image of the class takes its place; it is said once by measure, once by batch."""
+    folders(tmp_path, ("train", "val"), ("a", "b"), each=10)
+    train = data.find(str(tmp_path), ".").files["train"]    # one whose neighbour is of the other class
+    bad = Path(next(path for (path, label), (_, other) in zip(train, train[1:]) if label != other))
+    bad.write_bytes(bad.read_bytes()[:200])
+    task = load(tmp_path, tmp_path)
+    said = capsys.readouterr().out
+    assert "skipped 1 of 40" in said and str(bad) in said
+    assert counts(task) == [19, 20, 20]
+    right_labels(task)
+    files = load(tmp_path, tmp_path, memory=0)
+    for step in range(4):
+        x, y = files.batch("train", step, 10)
+        assert torch.equal(((x[:, 0].float().mean((1, 2)) - 10) / 20).round().long(), y)
+    assert capsys.readouterr().out.count("skipped 1 of 20") == 2
+    other = next(path for path, _ in train if path != str(bad))
+    Path(other).write_bytes(b"not an image")
+    with refuses("cannot read 2 of 20 images"):
+        for step in range(2):
+            files.to("cpu").batch("train", step, 10)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Real datasets
+# ------------------------------------------------------------------------------------------------------------
 
 # Visual Decathlon
-
-
-def coco(path, domain, split, labels, classes, offset=10 ** 7, labelled=True):
-    """labels: of the images; classes: names in the order of `categories`; ids as in the devkit, from offset + 1."""
-    images = [{"id": offset + k, "file_name": f"data/{domain}/{split}/{label + 1:04d}/{k:06d}.jpg", "width": 20, "height": 16}
-              for k, label in enumerate(labels)]
-    content = dict(info={}, images=images, licenses=[],
-                   categories=[{"id": offset + k + 1, "name": c, "supercategory": domain} for k, c in enumerate(classes)],
-                   annotations=[{"id": i["id"], "image_id": i["id"], "category_id": offset + label + 1}
-                                for i, label in reversed(list(zip(images, labels)))] if labelled else [])
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        json.dump(content, file)
-    return [(image["file_name"], label) for image, label in zip(images, labels)]
-
-
-def decathlon(root, domain="gtsrb", images="", test=False, respell=str, classes=("Sign1", "Sign10", "Sign2")):
-    """The devkit's layout below root; class 0 has no training image, as a subset may have it."""
-    for split, labels in (("train", [1, 2, 1, 2]), ("val", [2, 1, 0]), ("test", [0, 1])):
-        name = f"{domain}_{split}{'' if test or split != 'test' else '_stripped'}.json"
-        for file, label in coco(root / "annotations" / name, domain, split, labels, classes, labelled=test or split != "test"):
-            picture(root / images / respell(file), shade(label))
-
 
 def bare(file):
     return file.removeprefix("data/")
@@ -108,16 +181,34 @@ def test_decathlon_with_test_labels(tmp_path):
 
 
 def test_decathlon_bad(tmp_path, capsys):
-    refuses(capsys, lambda: load("decathlon/dtd", tmp_path), "annotations/dtd_train.json", "dtd.tar", str(tmp_path))
+    with refuses("annotations/dtd_train.json.*dtd.tar"):
+        load("decathlon/dtd", tmp_path)
     decathlon(tmp_path)
     os.remove(tmp_path / "data/gtsrb/train/0002/000000.jpg")
-    refuses(capsys, lambda: load("decathlon/gtsrb", tmp_path), "1 of 7 listed images are missing", "000000.jpg", "--check")
+    with refuses("1 of 7 listed images are missing.*000000.jpg.*--check"):
+        load("decathlon/gtsrb", tmp_path)
     coco(tmp_path / "annotations/gtsrb_val.json", "gtsrb", "val", [0], ["a", "b", "c"])
-    refuses(capsys, lambda: load("decathlon/gtsrb", tmp_path), "different categories")
+    with refuses("different categories"):
+        load("decathlon/gtsrb", tmp_path)
     os.rename(tmp_path / "annotations/gtsrb_val.json", tmp_path / "val")
-    refuses(capsys, lambda: load("decathlon/gtsrb", tmp_path), "neither val nor test")
+    with refuses("neither val nor test"):
+        load("decathlon/gtsrb", tmp_path)
     (tmp_path / "annotations/gtsrb_val.json").write_text("{}")
-    refuses(capsys, lambda: load("decathlon/gtsrb", tmp_path), "gtsrb_val.json", "COCO")
+    with refuses("gtsrb_val.json.*COCO"):
+        load("decathlon/gtsrb", tmp_path)
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"categories": [], "images": [], "annotations": []}, "lists no images with annotations"),
+    ([], "COCO"), ({"categories": 3}, "COCO"), ({"categories": [3], "images": []}, "COCO"), ("[" * 100_000, "COCO"),
+    ({"categories": [{"id": 1, "name": "a"}], "images": [], "annotations": [{"image_id": 1, "category_id": 2}]}, "COCO"),
+    ({"categories": [{"id": [1], "name": "a"}], "images": []}, "COCO"), ("\xff", "COCO")])
+def test_annotations_of_any_shape(tmp_path, content, words):
+    path = tmp_path / "annotations" / "gtsrb_train.json"
+    path.parent.mkdir()
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="latin-1")
+    with refuses(f"gtsrb_train.json.*{words}"):
+        load("decathlon/gtsrb", tmp_path)
 
 
 def test_official_numbers():
@@ -130,14 +221,6 @@ def test_official_numbers():
 
 
 # Folders by class: ImageNet, Cars, FER2013
-
-
-def folders(root, splits, names, each=2, ending="jpg", label=lambda k: k):
-    for split in splits:
-        for k, name in enumerate(names):
-            for i in range(each):
-                picture(root / split / name / f"{split}_{name}_{i}.{ending}", shade(label(k)))
-
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
 
@@ -162,31 +245,44 @@ def test_a_named_folder_goes_first(tmp_path):
 def test_imagenet_flat_val(tmp_path, capsys):
     folders(tmp_path, ("train",), WNIDS)
     picture(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG", (9, 9, 9))
-    refuses(capsys, lambda: load("imagenet", tmp_path), "is flat", "one folder per class")
-    refuses(capsys, lambda: load("imagenet", tmp_path / "elsewhere"), "no train in", "a folder per class")
+    with refuses("is flat.*one folder per class"):
+        load("imagenet", tmp_path)
+    with refuses("no train in.*a folder per class"):
+        load("imagenet", tmp_path / "elsewhere")
+
+
+def test_imagenet_flat_test(tmp_path, capsys):
+    """The official test images have no labels."""
+    folders(tmp_path, ("train", "val"), WNIDS)
+    picture(tmp_path / "test" / "ILSVRC2012_test_00000001.JPEG", (9, 9, 9))
+    assert counts(load("imagenet", tmp_path)) == [6, 6, 6]
 
 
 def test_a_part_of_the_classes(tmp_path):
     folders(tmp_path, ("train", "val"), WNIDS)
-    task = data.load_real("imagenet", data.find_all("imagenet", str(tmp_path)), 16, 1, 1, classes=[2, 0])
+    found = data.find_all("imagenet", str(tmp_path))
+    task = data.load_real("part", "imagenet", found, [2, 0], image_size=16, workers=1, memory=1)
     assert task.class_names == [WNIDS[2], WNIDS[0]] and counts(task) == [4, 4, 4]
     assert torch.equal(classes_seen(task, "train"), torch.tensor([2, 0])[task.labels["train"]])
+    whole = data.load_real("whole", "imagenet", found, None, image_size=16, workers=1, memory=1)
+    assert whole.fingerprint != task.fingerprint
 
 
 @pytest.mark.parametrize("memory", [12, 0])
 def test_parts_of_real_datasets(tmp_path, monkeypatch, memory):
-    """Only the files of these classes are opened, in memory or not; the lists are read once; imagenet's normalisation stays."""
+    """Only the files of these classes are opened, in memory or not; the lists are read once; imagenet's mean stays."""
     names, opened, finds = [f"n{k:08d}" for k in range(6)], [], []
     folders(tmp_path, ("train", "val"), names)
     open_image, find = data.open_image, data.find
-    monkeypatch.setattr(data, "open_image", lambda source: opened.append(os.fsdecode(source)) or open_image(source))
+    monkeypatch.setattr(data, "open_image", lambda path, size: opened.append(os.fsdecode(path)) or open_image(path, size))
     monkeypatch.setattr(data, "find", lambda *a: finds.append(a) or find(*a))
     parts = [f"imagenet/3#{k}" for k in (1, 2, 3)]
     tasks = data.load_many([*parts, "imagenet:4-5"], str(tmp_path), 16, workers=1, memory=memory)
     assert list(tasks) == [*parts, "imagenet:4-5"] == [t.name for t in tasks.values()] and len(finds) == 1
     for name, classes in zip(tasks, [*data.class_subsets(6, 3), [4, 5]]):
         task = tasks[name]
-        assert task.class_names == [names[k] for k in classes] and counts(task) == [4, 4, 4] and task.mean == data.IMAGENET[0]
+        assert task.class_names == [names[k] for k in classes] and counts(task) == [4, 4, 4]
+        assert task.mean == data.IMAGENET[0]
         opened.clear()
         part = data.load(name, str(tmp_path), 16, workers=1, memory=memory)
         part.workers = 0
@@ -199,9 +295,11 @@ def test_parts_of_domains_with_a_slash(tmp_path, capsys):
     decathlon(tmp_path, classes=("1", "2", "3", "4"))
     for name in ("decathlon/gtsrb:0-1", "decathlon/gtsrb/2#2"):
         assert load(name, tmp_path).num_classes == 2 and load(name, tmp_path).mean == (0.3392, 0.3118, 0.3205)
-    assert data.recipe("decathlon", 16, "decathlon/gtsrb/2#2").transforms[2].__class__.__name__ == "CenterCrop"
-    refuses(capsys, lambda: load("decathlon/gtsrb:3-4", tmp_path), "0 to 3")
-    refuses(capsys, lambda: load("decathlon/gtsrb/9#1", tmp_path), "1 to 2 subsets")
+    assert data.augmentation("decathlon", 16, "decathlon/gtsrb/2#2").transforms[2].__class__.__name__ == "CenterCrop"
+    with refuses("0 to 3"):
+        load("decathlon/gtsrb:3-4", tmp_path)
+    with refuses("1 to 2 subsets"):
+        load("decathlon/gtsrb/9#1", tmp_path)
 
 
 def test_cars_in_class_folders(tmp_path, capsys):
@@ -211,14 +309,17 @@ def test_cars_in_class_folders(tmp_path, capsys):
     right_labels(task)
 
 
-@pytest.mark.parametrize("name, marker", [("cars", "stanford_cars/devkit/cars_meta.mat"), ("flowers102", "flowers-102/setid.mat")])
+@pytest.mark.parametrize("name, marker", [("cars", "stanford_cars/devkit/cars_meta.mat"),
+                                          ("flowers102", "flowers-102/setid.mat")])
 def test_matlab_files_without_scipy(tmp_path, capsys, monkeypatch, name, marker):
     picture(str(tmp_path / marker) + ".jpg", (0, 0, 0))
     (tmp_path / marker).write_bytes(b"")
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
-    refuses(capsys, lambda: load(name, tmp_path), "pip install scipy")
+    with refuses("pip install scipy"):
+        load(name, tmp_path)
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize("nested", [False, True])
 def test_cars(tmp_path, nested):
     savemat = pytest.importorskip("scipy.io").savemat
@@ -237,9 +338,11 @@ def test_cars(tmp_path, nested):
     right_labels(task)
 
 
+@pytest.mark.optional
 def test_flowers(tmp_path, monkeypatch):
     savemat = pytest.importorskip("scipy.io").savemat
-    monkeypatch.setattr(datasets.Flowers102, "_file_dict", {k: (f, None) for k, (f, _) in datasets.Flowers102._file_dict.items()})
+    without_sums = {key: (file, None) for key, (file, _) in datasets.Flowers102._file_dict.items()}
+    monkeypatch.setattr(datasets.Flowers102, "_file_dict", without_sums)
     root, labels = tmp_path / "flowers-102", [3, 1, 2, 3, 1, 2, 2]
     for k, label in enumerate(labels, 1):
         picture(root / "jpg" / f"image_{k:05d}.jpg", shade(label - 1))
@@ -249,10 +352,15 @@ def test_flowers(tmp_path, monkeypatch):
     assert counts(task) == [2, 2, 3] and task.num_classes == 102
     right_labels(task)
     assert counts(load("flowers102-trainval", tmp_path)) == [4, 3, 3]
+    savemat(root / "imagelabels.mat", {"labels": np.array([[*labels[:-1], 103]], np.uint8)})
+    with refuses("label 102 of 102 classes"):
+        load("flowers102", tmp_path)
+    (root / "setid.mat").write_bytes(b"MATLAB")
+    with refuses("flowers102: torchvision cannot read it"):
+        load("flowers102", tmp_path)
 
 
 # Lists of files: Food-101, iNaturalist
-
 
 def test_food(tmp_path):
     lists = {"train": {"apple_pie": ["apple_pie/1", "apple_pie/2"], "waffles": ["waffles/3"]},
@@ -286,11 +394,11 @@ def test_inaturalist(tmp_path, respell):
 
 # Arrays: CIFAR, Fashion-MNIST, FER2013
 
-
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """Both CIFARs in their true format. Only the md5 sums are taken out of torchvision's table."""
-    for reader, key, names in ((datasets.CIFAR10, "labels", "label_names"), (datasets.CIFAR100, "fine_labels", "fine_label_names")):
+    for reader, key, names in ((datasets.CIFAR10, "labels", "label_names"),
+                               (datasets.CIFAR100, "fine_labels", "fine_label_names")):
         folder = tmp_path / reader.base_folder
         folder.mkdir()
         for entry in ("train_list", "test_list"):
@@ -308,14 +416,17 @@ def cifar(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, train", [("cifar10", 15), ("cifar100", 3)])
 def test_cifar(cifar, name, train):
     task = load(name, cifar)
-    assert task.class_names == ["a", "b", "c"] and counts(task) == [train, 3, 3] and task.images["train"].shape[1:] == (3, 16, 16)
+    assert task.class_names == ["a", "b", "c"] and counts(task) == [train, 3, 3]
+    assert task.images["train"].shape[1:] == (3, 16, 16) and len(task.fingerprint) == 16
     right_labels(task)
 
 
 def test_cifar_missing_or_damaged(tmp_path, capsys):
-    refuses(capsys, lambda: load("cifar10", tmp_path), "cifar-10-batches-py", "cifar-10-python.tar.gz")
+    with refuses("cifar-10-batches-py.*cifar-10-python.tar.gz"):
+        load("cifar10", tmp_path)
     (tmp_path / "cifar-10-batches-py").mkdir()
-    refuses(capsys, lambda: load("cifar10", tmp_path), "not found or corrupted")
+    with refuses(r"not found or corrupted\); needed: cifar-10-python.tar.gz, unpacked$"):
+        load("cifar10", tmp_path)
 
 
 def idx(path, array, packed):
@@ -339,7 +450,11 @@ def test_fashion(tmp_path, capsys, packed):
     if not packed:                                          # and torchvision reads the same
         assert datasets.FashionMNIST(tmp_path, train=True).targets.tolist() == [9, 0, 3]
         (folder / "t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0")
-        refuses(capsys, lambda: load("fashion-mnist", tmp_path), "t10k-labels-idx1-ubyte", "IDX")
+        with refuses("t10k-labels-idx1-ubyte.*IDX"):
+            load("fashion-mnist", tmp_path)
+        idx(folder / "t10k-labels-idx1-ubyte", np.array([1, 10], np.uint8), packed)
+        with refuses("do not belong together, or have labels above 9"):
+            load("fashion-mnist", tmp_path)
 
 
 def faces(path, header, rows):
@@ -353,7 +468,8 @@ def faces(path, header, rows):
 FACES = [(label, usage) for usage in ("Training", "Training", "PublicTest", "PrivateTest") for label in (0, 6, 4, 5)]
 
 
-@pytest.mark.parametrize("file, header", [("fer2013/fer2013.csv", "emotion,pixels,Usage"), ("icml_face_data.csv", "emotion, Usage, pixels")])
+@pytest.mark.parametrize("file, header", [("fer2013/fer2013.csv", "emotion,pixels,Usage"),
+                                          ("icml_face_data.csv", "emotion, Usage, pixels")])
 def test_faces(tmp_path, file, header):
     (tmp_path / "fer2013").mkdir()
     faces(tmp_path / file, header, FACES)
@@ -367,10 +483,13 @@ def test_faces_without_usage(tmp_path, capsys):
     task = load("fer2013", tmp_path)
     assert counts(task) == [56, 14, 14] and "held out" in capsys.readouterr().out
     right_labels(task)
-    (tmp_path / "train.csv").write_text("emotion,pixels\n3,1 2 3\n")
-    refuses(capsys, lambda: load("fer2013", tmp_path), "48 x 48")
-    (tmp_path / "train.csv").write_text("pixels\n1 2 3\n")
-    refuses(capsys, lambda: load("fer2013", tmp_path), "no column emotion")
+    face = " ".join(["7"] * 2304)
+    for table, words in (("emotion,pixels\n3,1 2 3\n", "row 1 is not 48 x 48"), ("pixels\n1 2 3\n", "no column emotion"),
+                         (f"emotion,pixels\n3,{face}\n7,{face}\n", "row 2 has emotion 7"),
+                         (f"emotion,pixels\n3,{face}\n4\n", "row 2 has fewer columns")):
+        (tmp_path / "train.csv").write_text(table)
+        with refuses(words):
+            load("fer2013", tmp_path)
 
 
 def test_faces_in_folders(tmp_path, capsys):
@@ -382,11 +501,11 @@ def test_faces_in_folders(tmp_path, capsys):
     right_labels(task)
     for split in ("train", "test"):
         (tmp_path / split / "sad").rename(tmp_path / split / "bored")
-    refuses(capsys, lambda: load("fer2013", tmp_path), "bored")
+    with refuses("bored"):
+        load("fer2013", tmp_path)
 
 
 # HAM10000
-
 
 @pytest.fixture
 def lesions(tmp_path):
@@ -430,7 +549,6 @@ def test_lesions_of_dataverse(lesions):
 
 # ADE20K
 
-
 def test_ade20k(tmp_path, capsys):
     for split, folder, n in (("train", "training", 3), ("val", "validation", 2)):
         for k in range(n):
@@ -450,135 +568,28 @@ def test_ade20k(tmp_path, capsys):
         assert (mask[:, :2] == 255).all() and (mask[:8, 2:12] == k).all() and (mask[8:, 2:] == 149).all()
     os.remove(tmp_path / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png")
     os.remove(tmp_path / "ADEChallengeData2016/images/validation/ADE_val_00000002.jpg")
-    refuses(capsys, lambda: load("ade20k", tmp_path), "none of the 1 val images", "ADE_val_00000002.jpg")
+    with refuses("none of the 1 val images.*ADE_val_00000002.jpg"):
+        load("ade20k", tmp_path)
 
 
-# Decoding while training
-
-
-@pytest.fixture
-def both(tmp_path):
-    """(in memory, in files) of the same folder: 25 images of random pixels in two classes."""
-    rng = np.random.default_rng(0)
-    for k in range(25):
-        os.makedirs(tmp_path / f"set/{'ab'[k % 2]}", exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20 + k, 30, 3), dtype=np.uint8)).save(tmp_path / f"set/{'ab'[k % 2]}/{k}.png")
-    root = str(tmp_path / "set")
-    task, files = load(root, tmp_path), load(root, tmp_path, memory=0)
-    assert type(task) is data.Task and isinstance(files, data.FileTask)
-    files.__init__(files.name, files.class_names, task.mean, task.std, {s: list(zip(map(os.fsdecode, i.sources), i.labels.tolist()))
-                   for s, i in files.images.items()}, 16, 1)                       # with the mean and std of all images
-    return task, files
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_files_give_the_same_batches(both, workers):
-    task, files = both
-    files.workers = workers
-    state = torch.get_rng_state()
-    for step in (0, 1, 2, 3, 9, 4):                         # 20 images: the third batch runs over the end of an epoch
-        for how in (dict(), dict(augment=True, rank=1, world=2)):
-            for a, b in zip(task.batch("train", step, 8, seed=5, **how), files.batch("train", step, 8, seed=5, **how)):
-                assert torch.equal(a, b)
-    x, y = files.examples("val", 4)
-    assert len(x) == 4 and torch.equal(torch.cat(list(x.split(3))), task.examples("val", 4)[0])
-    brightest = lambda x: x.flatten(1).float()              # any function of the images will do
-    assert accuracy(brightest, files, "train", "cpu") == accuracy(brightest, task, "train", "cpu")
-    assert torch.equal(y, task.labels["val"][:4]) and torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("augment", ["decathlon", "deit"])
-def test_recipes_are_pure_functions(both, augment):
-    """Of seed and step: not of workers, of what came before, of `world`, or of torch's own random state."""
-    task, files = both
-    expected = [files.batch("train", step, 8, seed=1, augment=augment)[0] for step in range(3)]
-    files.workers = 0
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    for step in (2, 0):
-        x = files.batch("train", step, 8, seed=1, augment=augment)[0]
-        assert torch.equal(x, expected[step]) and x.shape == (8, 3, 16, 16)
-    assert torch.equal(files.to("cpu").batch("train", 1, 8, seed=1, augment=augment, rank=1, world=2)[0], expected[1][1::2])
-    assert not torch.equal(files.batch("train", 2, 8, seed=2, augment=augment)[0], expected[2])
-    x = task.batch("train", 1, 8, seed=1, augment=augment)[0]
-    assert torch.equal(task.batch("train", 1, 8, seed=1, augment=augment, rank=1, world=2)[0], x[1::2])
-    assert not torch.equal(x, task.batch("train", 1, 8, seed=1)[0]) and torch.equal(torch.get_rng_state(), state)
-
-
-def test_digits_are_not_mirrored():
-    image = torch.arange(256, dtype=torch.uint8).repeat(3, 16, 1)[:, :, 100:164]     # brighter to the right
-    for name, mirrored in (("decathlon/svhn", False), ("decathlon/dtd", True)):
-        rising = [data.recipe("decathlon", 16, name)(image).float() for _ in range(20)]
-        assert any(x[:, :, 0].mean() > x[:, :, -1].mean() for x in rising) == mirrored
-
-
-def test_erasing():
-    torch.manual_seed(0)
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    share = [(data.erase(image) != 0).float().mean().item() for _ in range(400)]
-    assert 60 < sum(s > 0 for s in share) < 140 and max(share) < 1 / 3 and (image == 0).all()
-
-
-def test_mixed():
-    x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 3
-    first, target = data.mixed(x, y, 3, 0, 0)
-    assert target.shape == (8, 3) and torch.allclose(target.sum(1), torch.ones(8))
-    again = data.mixed(x, y, 3, 0, 0)
-    assert torch.equal(first, again[0]) and torch.equal(target, again[1])
-    assert not torch.equal(first, data.mixed(x, y, 3, 0, 1)[0])
-
-
-def test_unknown_recipe(both, capsys):
-    for task in both:
-        refuses(capsys, lambda: task.batch("train", 0, 8, augment="more"), "decathlon", "'more'")
-
-
-# Broken files
-
-
-def test_unreadable_images_are_skipped(tmp_path, capsys, monkeypatch):
-    folders(tmp_path, ("train", "val"), ("a", "b"), each=10)
-    train = data.find(str(tmp_path), ".").files["train"]    # one whose neighbour is of the other class
-    bad = Path(next(path for (path, label), (_, other) in zip(train, train[1:]) if label != other))
-    bad.write_bytes(bad.read_bytes()[:200])
-    how = dict(image_size=16, workers=1)
-    refuses(capsys, lambda: data.load(str(tmp_path), **how), "1 of 20 images", str(bad))
-    monkeypatch.setattr(data, "BAD_SHARE", 0.05)
-    task = data.load(str(tmp_path), **how)
-    said = capsys.readouterr().out
-    assert "skipped 1 of 20" in said and str(bad) in said
-    assert counts(task) == [19, 20, 20]
-    right_labels(task)
-    files = data.load(str(tmp_path), memory=0, **how)
-    for step in range(4):                                   # the next image of the class takes its place
-        x, y = files.batch("train", step, 10)
-        red = (x[:, 0] * files.std[0] + files.mean[0]).mean((1, 2)) * 255
-        assert torch.equal(((red - 10) / 20).round().long(), y)
-    assert capsys.readouterr().out.count("skipped 1 of 20") == 2             # once by measure, once by batch
-    monkeypatch.setattr(data, "BAD_SHARE", 0.001)
-    files.workers, files.streams = 0, {}
-    refuses(capsys, lambda: [files.to("cpu").batch("train", step, 10) for step in range(2)], "1 of 20 images")
-
-
-# --check and sizes
-
+# ------------------------------------------------------------------------------------------------------------
+# 8. Command line
+# ------------------------------------------------------------------------------------------------------------
 
 def test_check(tmp_path, capsys):
     decathlon(tmp_path)
     sheet = str(tmp_path / "sheet.png")
     command = ["--check", "decathlon/gtsrb", "--data-dir", str(tmp_path), "--image-size", "16", "--output", sheet]
     os.remove(tmp_path / "data/gtsrb/val/0001/000002.jpg")
-    with pytest.raises(SystemExit):
+    with refuses("1 listed images are missing; 3 classes where.* 2 val images where the whole set has 7,842"):
         data.main(command)
-    said = capsys.readouterr()
-    assert "3 classes (Sign1, Sign10, Sign2)" in said.out and "official: 31367" in said.out and "images/s" in said.out
-    assert "missing: " in said.out and "000002.jpg" in said.out and os.path.getsize(sheet) > 0
-    for sentence in ("1 listed images are missing", "3 classes where", "2 val images where the whole set has 7,842"):
-        assert sentence in said.err
+    said = capsys.readouterr().out
+    assert "3 classes (Sign1, Sign10, Sign2)" in said and "official: 31367" in said and "images/s" in said
+    assert "missing: " in said and "000002.jpg" in said and os.path.getsize(sheet) > 0
 
 
 def test_check_of_a_whole_set(cifar, capsys, monkeypatch):
-    monkeypatch.setitem(data.REAL, "cifar100", data.REAL["cifar100"]._replace(official=dict(classes=3, train=3, test=3)))
+    monkeypatch.setattr(data.REAL["cifar100"], "official", dict(classes=3, train=3, test=3))
     data.main(["--check", "cifar100", "--data-dir", str(cifar), "--output", str(cifar / "sheet.png")])
     assert "cifar100 is whole" in capsys.readouterr().out
 
@@ -588,10 +599,6 @@ def test_check_of_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data.main(["--check", "mine"])
     assert "train: 4 images of 2 classes" in capsys.readouterr().out and os.path.exists("runs/check-mine.png")
-
-
-def test_unknown_name_lists_the_datasets(capsys, tmp_path):
-    refuses(capsys, lambda: load("cifar", tmp_path), "cifar100", "decathlon/dtd", "pedestrian")
 
 
 def test_memory_is_shared_among_tasks(cifar):
