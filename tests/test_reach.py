@@ -44,7 +44,7 @@ def test_the_ancestry_sees_images_as_its_source_did():
         assert (differently - features).abs().max() > 0.05
     embedding = features.mean(0)
     embedding = embedding * 8 / embedding.norm()                                # D4: norm sqrt(64)
-    torch.testing.assert_close(tal.task_embedding(ancestry, task, CPU), embedding, atol=1e-3, rtol=0)
+    torch.testing.assert_close(tal.task_embedding(ancestry, task, "cpu"), embedding, atol=1e-3, rtol=0)
 
 
 def in_format(source, config):
@@ -230,9 +230,10 @@ def test_published_ancestors(method, tmp_path, capsys):
         al.main([*argv, "--size", "drawn-small" if method == "weight-selection" else "drawn-base"])
 
 
-@pytest.mark.parametrize("head", ["ncm", "trained"])
+@pytest.mark.parametrize("head", ["means", "trained"])
 def test_rewards_of_tasks_in_files(head, pool, tmp_path, monkeypatch):
     """Too large for memory, TALS sees the same images: the same rewards, whichever head."""
+    monkeypatch.setattr(al, "REWARD_IMAGES", 8)
     rewards = []
     for memory in (12, 0):
         monkeypatch.setattr(data, "MEMORY", memory)
