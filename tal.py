@@ -1,33 +1,52 @@
-"""TAL, Task-Aware Learngene (Xu et al., ICML 2025): one hypernetwork that predicts the initial parameters of ViTs and
-GPT-2s of any size for any task, trained under a pretrained "ancestry" model and tuned on many tasks at once.
+"""TAL, Task-Aware Learngene (Xu et al., ICML 2025): one hypernetwork that predicts the initial
+parameters of ViTs and GPT-2s of any size for any task. It is trained under a pretrained "ancestry"
+model, then tuned on many tasks at once.
 
-    python tal.py --stage pretrain      # data, ancestry and hypernetwork from nothing: minutes on two cores
-    python tal.py --stage tune          # ... and tuned on nine tasks; prints the accuracy of untrained networks
-    python tal.py --stage customize --data my_images/ --depth 6 --output vit.pt
+    python tal.py --stage pretrain      # ancestry and hypernetwork from nothing: minutes, two cores
+    python tal.py --stage tune          # tuned on nine tasks; accuracy of untrained networks
+    python tal.py --stage customize --data my_images/ --depth 6 --export vit.pt
     python tal.py --modality text       # the same for GPT-2s and four tasks of text
 
-The paper's claims that this file measures: Tables 1, 2, 6 (untrained), 3, 5 (trained on), 7, 8, 9 (ablations), Fig. 3.
-D1, D2, ... mark decisions where paper and released code differ or are silent; README lists them.
+    model = tal.load("runs/tal")                                      # from Python
+    net = model(torchvision.models.resnet18(num_classes=10), task="digits")
+    vit = model.customize(ViTConfig(32, 8, width=384, depth=6, heads=6), images="my_images/")
+
+The claims that this file measures: Tables 1, 2, 6 (untrained), 3, 5 (trained on), 7, 8, 9
+(ablations), Fig. 3. D1, D2, ... mark decisions where paper and released code differ or are
+silent; docs/decisions.md lists them.
 
     paper            here                 meaning
     f^G = (V, E)     Graph                computational graph; V nodes
     H_D(f^G; theta)  Hypernet.predict     graph (and task) -> parameters of the network
     I_tau            I           (t,)     task embedding
-    gamma, beta      gamma, beta (h,)     Eqs. (2)-(3); the gamma of Sec. 5.1 is --predparam
+    gamma, beta      gamma, beta (h,)     Eqs. (2)-(3); the gamma of Sec. 5.1 is PREDPARAM
     W^gamma, W^beta  W_gamma ... (h, t)   the task hypernet h
-    E_train, E_anc   (B, d), (B, d')      features before the head of the trained network and of the ancestry
-    M                M           (d, d')  predicted along with the network; the M of Eqs. (1) and (7) is --meta-batch
-    w_tau, T         sampling_weights     Sec. 5.1's temperature is --task-temperature; Eq. (7)'s T counts tasks
+    E_train, E_anc   (B, d), (B, d')      features before the head: of the network, of the ancestry
+    M                M           (d, d')  predicted with the network; the M of Eqs. (1) and (7) is
+                                          --meta-batch
+    w_tau, T         sampling_weights     Sec. 5.1's temperature is --task-temperature; Eq. (7)'s T
+                                          counts tasks
+
+Contents: the method
+    Model architecture datasets           sample_architecture, architectures
+    Background: computational graph       encode_graph, Graph
+    Structure: the learngene (encoder)    Eqs. (2), (3), GraphLayer, Learngene
+    Structure: the decoders               LowRankDecoder, TiledDecoder, Hypernet
+    Train on a large dataset              Eqs. (1), (4), (5), (6), Ancestry, tal_step
+    Tuning under multi-task setting       Eq. (7), task_embedding, train_hypernet
+    Customize models                      customize, TAL, load
+Then: settings, training of what the stages need, stages, Tables, Fig. 3.
 """
-import argparse
-import dataclasses
+import copy
 import functools
 import hashlib
 import json
 import math
 import os
 import random
-import sys
+import re
+from argparse import ArgumentTypeError
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,573 +55,967 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
+import common
 import data
-from common import (GPT2_SIZES, VIT_SIZES, GPT2Config, Run, Training, ViTConfig, accuracy, amount, check_export, export_gpt2,
-                    export_weights, fail, load_checkpoint, load_gpt2, load_pretrained, load_weights, network, parameter_groups, parse_flags,
-                    positive, predictions, rank_zero_first, read_weights, renormalised, setup_machine, share, weight_selection, whole,
-                    write_atomically, yes_no)
+from common import (
+    GPT2_SIZES, VIT_SIZES, GPT2Config, InputError, Run, Settings, ViTConfig, accuracy, amount,
+    file_name, identity, load_checkpoint, network, parameter_groups, positive, predictions, share,
+    start_training)
 
+# --------------------------------------------------------------------------------------------------
+# 4. Model architecture datasets (described last in Sec. 4; first here, as all that follows reads
+#    architectures)
+# --------------------------------------------------------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Model architecture datasets (described last in Sec. 4; first here, because all that follows reads architectures)
-# ----------------------------------------------------------------------------------------------------------------------
+ARCHITECTURE_DATASETS = ["ViTs-1K", "ViTs+-1K", "GPTs-1K", "drawn", "drawn+", "drawn-GPTs"]
+# Widths of LoGAH's generators: up to this depth, from, to. Wide where shallow: none is large.
+VITS_1K = ((3, 384, 512), (5, 256, 384), (9, 128, 256))              # at most 10M parameters
+GPTS_1K = ((3, 176, 256), (5, 128, 176), (9, 72, 176))
+
 
 def sample_architecture(dataset, rng):
-    """(depth, width, heads) of one random ViT. Ranges: the generators released with LoGAH (ViTs-1K) and TAL (ViTs+-1K)."""
-    if dataset == "ViTs-1K":            # at most 10M parameters
+    """(depth, width, heads) of one random network of an architecture dataset.
+
+    Ranges: the generators released with LoGAH (ViTs-1K, GPTs-1K) and TAL (ViTs+-1K: wider, deeper,
+    more large networks); the drawn ones are their small counterparts, with heads of 8 channels.
+    """
+    if dataset == "ViTs-1K":
         depth = rng.randint(3, 9)
-        low, high = (128, 256) if depth > 5 else (256, 384) if depth > 3 else (384, 512)
-        width = rng.randrange(low, high + 1, 32)
-    elif dataset == "ViTs+-1K":         # wider and deeper, more large models
-        depth, width = rng.randint(3, 12), rng.randrange(192, 769, 64)
-    elif dataset == "drawn":            # the small counterpart: heads of 8 channels
-        depth, width = rng.choice((2, 3, 3, 4, 4, 6)), rng.randrange(32, 57, 8)
-        return depth, width, width // 8
+        width = sample_width(VITS_1K, depth, 32, rng)
+        heads = rng.choice(head_counts(width))
+    elif dataset == "ViTs+-1K":
+        depth = rng.randint(3, 12)
+        width = rng.randrange(192, 769, 64)
+        heads = rng.choice(head_counts(width))
+    elif dataset == "GPTs-1K":
+        depth = rng.randint(3, 9)
+        width = sample_width(GPTS_1K, depth, 8, rng)
+        heads = 8
+    elif dataset in ("drawn", "drawn-GPTs"):
+        depth = rng.choice((2, 3, 3, 4, 4, 6))
+        width = rng.randrange(32, 57, 8)
+        heads = width // 8
     elif dataset == "drawn+":
-        depth, width = rng.choice((2, 3, 4, 6, 8)), rng.randrange(32, 73, 8)
-        return depth, width, width // 8
-    elif dataset == "GPTs-1K":          # LoGAH's generator for GPT-2; 8 heads
-        depth = rng.randint(3, 9)
-        low, high = (72, 176) if depth > 5 else (128, 176) if depth > 3 else (176, 256)
-        return depth, rng.randrange(low, high + 1, 8), 8
-    elif dataset == "drawn-GPTs":
-        depth, width = rng.choice((2, 3, 3, 4, 4, 6)), rng.randrange(32, 57, 8)
-        return depth, width, width // 8
+        depth = rng.choice((2, 3, 4, 6, 8))
+        width = rng.randrange(32, 73, 8)
+        heads = width // 8
     else:
-        fail(f"unknown architecture dataset {dataset!r}")
-    heads = (3, 6, 12) if width % 12 == 0 else (3, 6) if width % 6 == 0 else (3,) if width % 3 == 0 else (4, 8)
-    return depth, width, rng.choice(heads)
+        raise common.unknown("architecture dataset", dataset, ARCHITECTURE_DATASETS)
+    return depth, width, heads
+
+
+def sample_width(ranges, depth, step, rng):
+    for deepest, narrowest, widest in ranges:
+        if depth <= deepest:
+            return rng.randrange(narrowest, widest + 1, step)
+
+
+def head_counts(width):
+    """The numbers of heads that the released generators choose among."""
+    if width % 12 == 0:
+        return 3, 6, 12
+    if width % 6 == 0:
+        return 3, 6
+    if width % 3 == 0:
+        return (3,)
+    return 4, 8
 
 
 def architectures(dataset, shape, count=1000, seed=1):
-    """The `count` architectures of a dataset, as configurations; the same list on every machine. shape: see input_shape."""
+    """The configurations of an architecture dataset, the same on every machine.
+
+    shape: what all of them share, see `configuration`.
+    """
     rng = random.Random(seed)
-    samples = [sample_architecture(dataset, rng) for _ in range(count)]
-    return [configuration(shape, depth=depth, width=width, heads=heads) for depth, width, heads in samples]
+    configs = []
+    for _ in range(count):
+        depth, width, heads = sample_architecture(dataset, rng)
+        configs.append(configuration(shape, width, depth, heads))
+    return configs
 
 
-def input_shape(args):
-    """What all networks of a run share: image_size, patch_size and pool of ViTs, or vocab and context of GPT-2s."""
-    if getattr(args, "modality", "image") == "text":
-        return dict(vocab=args.vocab, context=args.context, num_classes=2)
-    return dict(image_size=args.image_size, patch_size=args.patch, pool=args.pool)
-
-
-def configuration(shape, **sizes):
-    return (GPT2Config if "vocab" in shape else ViTConfig)(**shape, **sizes)
+def configuration(shape, width, depth, heads):
+    """A ViTConfig or GPT2Config. shape: {image_size, patch_size, pooling} or {vocab, context ...}."""
+    kind = GPT2Config if "vocab" in shape else ViTConfig
+    return kind(**shape, width=width, depth=depth, heads=heads)
 
 
 @functools.lru_cache(maxsize=None)
 def skeleton(config):
-    """The network of a configuration without storage: parameters on the meta device, to be replaced by predicted ones."""
+    """The network of a configuration without storage: parameters on the meta device."""
     with torch.device("meta"):
         return network(config)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Background: the computational graph
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# The vocabulary of GHN-2 and GHN-3, in the released order. A Linear counts as conv; activations and reshapes have no node.
-OPS = ("max_pool", "avg_pool", "sep_conv", "dil_conv", "conv", "msa", "cse", "sum", "concat", "input", "bias", "bn", "ln",
-       "pos_enc", "glob_avg")
-MODULE_OPS = {nn.LayerNorm: "ln", nn.GroupNorm: "ln", nn.MultiheadAttention: "msa", nn.MaxPool2d: "max_pool",
-              nn.AvgPool2d: "avg_pool", nn.AdaptiveAvgPool2d: "glob_avg", nn.BatchNorm1d: "bn", nn.BatchNorm2d: "bn",
-              nn.Embedding: "pos_enc"}
-CALL_OPS = {"add": "sum", "iadd": "sum", "add_": "sum", "cat": "concat", "concat": "concat", "mean": "glob_avg",
-            "softmax": "msa", "scaled_dot_product_attention": "msa", "shifted_window_attention": "msa", "layer_norm": "ln",
-            "group_norm": "ln", "batch_norm": "bn", "linear": "conv", "conv2d": "conv", "max_pool2d": "max_pool",
-            "avg_pool2d": "avg_pool", "adaptive_avg_pool2d": "glob_avg"}
-PARAMETRIC = ("conv", "sep_conv", "dil_conv", "ln", "bn", "pos_enc")      # these are their parameters' nodes
+# The vocabulary of GHN-2 and GHN-3, in the released order. A Linear counts as conv; activations
+# and reshapes have no node.
+OPS = (
+    "max_pool", "avg_pool", "sep_conv", "dil_conv", "conv", "msa", "cse", "sum", "concat", "input",
+    "bias", "bn", "ln", "pos_enc", "glob_avg")
+PARAMETRIC = ("conv", "sep_conv", "dil_conv", "ln", "bn", "pos_enc")   # nodes of their parameters
+CONVOLUTIONS = ("conv", "sep_conv", "dil_conv")
+MODULE_OPS = (
+    (nn.Linear, "conv"),
+    (nn.modules.rnn.RNNBase, "conv"),
+    (nn.modules.rnn.RNNCellBase, "conv"),
+    (nn.MultiheadAttention, "msa"),
+    (nn.LayerNorm, "ln"),
+    (nn.GroupNorm, "ln"),
+    (nn.RMSNorm, "ln"),
+    (nn.modules.batchnorm._NormBase, "bn"),
+    (nn.Embedding, "pos_enc"),
+    (nn.EmbeddingBag, "pos_enc"),
+    (nn.PReLU, "bias"),                      # small slopes: it starts near a ReLU
+    (nn.modules.pooling._MaxPoolNd, "max_pool"),
+    (nn.modules.pooling._AvgPoolNd, "avg_pool"),
+    (nn.modules.pooling._AdaptiveAvgPoolNd, "glob_avg"),
+)
+CALL_OPS = {
+    "add": "sum", "iadd": "sum", "add_": "sum", "cat": "concat", "concat": "concat",
+    "linear": "conv", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv",
+    "layer_norm": "ln", "group_norm": "ln", "batch_norm": "bn",
+    "softmax": "msa", "scaled_dot_product_attention": "msa", "shifted_window_attention": "msa",
+    "max_pool2d": "max_pool", "avg_pool2d": "avg_pool",
+    "adaptive_avg_pool2d": "glob_avg", "mean": "glob_avg",
+}
+NO_VALUE = ("getattr", "size", "dim", "ne")   # a size, or where the padding is: nothing that flows
 SIZE_ANCHORS = 16             # sizes 1, 2, 4, ... 32768
 DEPTH_ANCHORS = 16            # relative depth 0, 1/15, ... 1
 MAX_DEGREE = 8
 
 
-def hat(x, anchors):
-    """Linear interpolation weights of positions x (N,) in [0, anchors - 1] onto integer anchors: (N, anchors)."""
-    return (1 - (x[:, None] - torch.arange(anchors)).abs()).clamp(min=0)
-
-
-def hat_size(sizes):
-    """Interpolation weights of sizes on a log2 scale; size 0 (nothing there) gives zeros."""
-    sizes = torch.as_tensor(sizes, dtype=torch.float32)
-    return hat(sizes.clamp(min=1).log2().clamp(max=SIZE_ANCHORS - 1), SIZE_ANCHORS) * (sizes > 0)[:, None]
-
-
-class Graph:
-    """f^G = (V, E): nodes are operations, or the parameters that an operation owns; edges follow the forward pass.
-
-    ops: (V,) index into OPS            shapes: of parameters; (heads,) of attention; () of other nodes
-    names: parameter name or None       edges: list of (from, to)
-    distance: (V, V) length of the shortest directed path, -1 where there is none: the "virtual edges" of GHN-2
-    """
-    def __init__(self, ops, names, shapes, edges):
-        self.names, self.shapes, self.edges = names, shapes, edges
-        self.ops = torch.tensor([OPS.index(op) for op in ops])
-        self.distance = shortest_paths(len(ops), edges)
-        embedded = {j for i, j in edges if ops[i] == "pos_enc"}
-        self.joins = {i for i, op in enumerate(ops) if op == "sum" and i not in embedded}    # ends of residual branches
-        self.sums = len(self.joins)
-        matrices = [i for i, s in enumerate(shapes) if len(s) > 1 and names[i]]
-        self.head = matrices[-1]                        # the classifier: last matrix of the forward pass
-        self.num_classes = shapes[self.head][0]
-        following = [j for i, j in edges if i == self.head and names[j]]
-        self.head_bias = following[0] if following else None
-
-    def __len__(self):
-        return len(self.names)
-
-    @functools.cached_property
-    def features(self):
-        """What the embeddings read: shape (V, 4, SIZE_ANCHORS), degrees (V,) twice, depth (V, DEPTH_ANCHORS)."""
-        sizes = torch.zeros(len(self), 4)
-        for i, shape in enumerate(self.shapes):
-            sizes[i, :len(shape)] = torch.tensor(shape, dtype=torch.float32)
-        # D10: a class count belongs to the task, not to the architecture. Shown here, it would tell a network without
-        # task information which task it serves; the released code shows it, in bins of 16.
-        sizes[self.head, 0] = 0
-        if self.head_bias is not None:
-            sizes[self.head_bias, 0] = 0
-        adjacent = self.distance == 1
-        # D11: relative depth. An absolute one (released code) leaves deeper networks than the trained with untrained rows.
-        depth = self.distance[0].clamp(min=0).float()
-        return (torch.stack([hat_size(s) for s in sizes.T], 1), adjacent.sum(0).clamp(max=MAX_DEGREE),
-                adjacent.sum(1).clamp(max=MAX_DEGREE), hat(depth / depth.max() * (DEPTH_ANCHORS - 1), DEPTH_ANCHORS))
-
-    @functools.lru_cache(maxsize=None)
-    def distance_index(self, limit):
-        """(V, V) row of the distance table: 0 no path, 1 + d a path of d edges from i to j, 1 + limit + d one from j to i."""
-        forward, backward = self.distance.clamp(max=limit), self.distance.T.clamp(max=limit)
-        return torch.where(forward >= 0, 1 + forward, torch.where(backward > 0, 1 + limit + backward, 0))
-
-    @functools.lru_cache(maxsize=None)
-    def groups(self, num_classes=None, features=None):
-        """Parameters grouped by shape and role, for a head of `num_classes` rows (default: the network's own).
-
-        With `features`, the matrix M of Eq. (4) is one more parameter, (features, d): it stands where the classifier
-        stands, so it is decoded from the node whose output the classifier reads.
-        """
-        before, after = {}, {}
-        for i, j in self.edges:
-            before.setdefault(j, i), after.setdefault(i, j)
-        grouped = {}
-        for i, name in enumerate(self.names):
-            if name is None:
-                continue
-            shape, kind, head = self.shapes[i], OPS[self.ops[i]], i in (self.head, self.head_bias)
-            if kind == "pos_enc" and i in before:
-                kind = "token"                          # a table in which the input is looked up
-            if head and num_classes:
-                shape = (num_classes, *shape[1:])
-            weight = self.shapes[before[i]] if kind == "bias" else shape
-            parts = 3 if len(weight) == 2 and weight[0] == 3 * weight[1] and not head else 1
-            following = after.get(i, i)
-            following = after.get(following, following) if OPS[self.ops[following]] == "bias" else following
-            residual = following in self.joins and len(shape) > 1
-            grouped.setdefault((shape, kind, head, parts, residual), []).append(i)
-        if features:
-            grouped[(features, self.shapes[self.head][1]), "M", False, 1, False] = [before[self.head]]
-        return tuple(Group([self.names[i] if key[1] != "M" else "M" for i in nodes],
-                      torch.tensor(nodes, device=self.ops.device), *key) for key, nodes in grouped.items())
-
-    def to(self, device):
-        """The same graph with its tensors on `device`."""
-        moved = Graph.__new__(Graph)
-        moved.__dict__.update(self.__dict__, ops=self.ops.to(device), distance=self.distance.to(device),
-                              features=tuple(f.to(device) for f in self.features))
-        return moved
-
-
-def shortest_paths(count, edges):
-    """(V, V) lengths of shortest directed paths, -1 where none; nodes are numbered topologically, so one sweep is enough."""
-    far = count + 1
-    distance = np.full((count, count), far)
-    np.fill_diagonal(distance, 0)
-    for source, target in sorted(edges, key=lambda e: e[1]):
-        column = distance[:, target]
-        column[:] = (distance[:, source] + 1).clip(max=column)
-    distance[distance >= far] = -1
-    return torch.from_numpy(distance)
-
-
 def encode_graph(net):
-    """Graph of any module that torch.fx can trace; nothing is computed and no autograd graph is walked.
+    """Graph f^G of any module that torch.fx can trace; nothing is computed.
 
-    Every parameter becomes a node: a module's weight, then its bias, chained in this order. Operations outside the
-    vocabulary (activations, reshapes, dropout) are contracted. A parameter that the forward pass reads directly
-    (class token, position embedding, layer scale) is a source node, "pos_enc".
+    Every parameter becomes a node: a module's weight, then its bias, chained in this order. What is
+    outside the vocabulary (activations, reshapes, dropout) is contracted. A parameter that the
+    forward pass reads directly (class token, position embedding, layer scale) is a source node,
+    "pos_enc". A parameter of several names, or a module used twice, has one node.
     """
-    ops, names, shapes, edges = ["input"], [None], [()], []
-    params = dict(net.named_parameters(remove_duplicate=False))
-    modules = dict(net.named_modules())
-    made = {}                                  # parameter name -> node
-    ends = {}                                  # fx node -> graph nodes that its value comes from
+    builder = GraphBuilder(net)
+    for node in trace(net).nodes:
+        builder.visit(node)
+    for name in builder.parameters:
+        if name not in builder.node_of:
+            raise InputError(
+                f"the forward pass of {type(net).__name__} does not use parameter {name}; remove it")
+    return Graph(builder.ops, builder.names, builder.shapes, builder.edges, builder.outputs)
 
-    def add(op, name=None, shape=(), before=()):
-        ops.append(op), names.append(name), shapes.append(tuple(shape))
-        edges.extend((b, len(ops) - 1) for b in sorted(set(before)))
-        if name:
-            made[name] = len(ops) - 1
-        return [len(ops) - 1]
 
-    def chain(op, owned, before):
-        """Nodes of one operation and of the parameters it owns, in the order it uses them; returns its last node."""
-        if op not in PARAMETRIC:                       # attention has a node of its own, after its input projections
-            after = [n for n in owned if "out_proj" in n or ".proj." in n]
-            before = chain("conv", [n for n in owned if n not in after], before)
-            before = add(op, None, heads if op == "msa" else (), before)
-            owned, op = after, "conv"
-        for name in owned:
-            if name not in made:
-                kind = "bias" if name.endswith("bias") else op if params[name].ndim > 1 or op in ("ln", "bn") else "pos_enc"
-                before = add(kind, name, params[name].shape, before)
-        return before
+def trace(net):
+    try:
+        return fx.Tracer().trace(net)
+    except Exception as error:               # of many kinds: whatever a forward pass does to a proxy
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"torch.fx cannot trace {type(net).__name__} ({reason[0]}); it needs a forward pass "
+            "whose course does not depend on its input") from error
 
-    for node in fx.Tracer().trace(net).nodes:
-        before = [e for source in node.all_input_nodes for e in ends.get(source, [])]
-        owner = next((modules[path] for path in reversed(list(node.meta.get("nn_module_stack") or {}))
-                      if hasattr(modules.get(path), "num_heads")), None)
-        heads = (owner.num_heads,) if owner is not None else ()               # D12: invisible in the released graphs
+
+class GraphBuilder:
+    """Collects the nodes and edges of f^G, one node of a torch.fx trace after another.
+
+    node_of: parameter name -> its node
+    ends: node of the trace -> the nodes of f^G from which its value comes
+    """
+    def __init__(self, net):
+        self.modules = dict(net.named_modules(remove_duplicate=False))
+        self.parameters = dict(net.named_parameters())
+        first = {id(p): name for name, p in self.parameters.items()}
+        self.first_name = {}
+        for name, p in net.named_parameters(remove_duplicate=False):
+            self.first_name[name] = first[id(p)]             # tied parameters have one name
+        self.ops, self.names, self.shapes = ["input"], [None], [()]
+        self.edges = []
+        self.outputs = []
+        self.node_of = {}
+        self.ends = {}
+
+    def visit(self, node):
+        sources = []
+        for source in node.all_input_nodes:
+            sources.extend(self.ends.get(source, []))
         if node.op == "placeholder":
-            ends[node] = [0] if not ends else []
+            is_first = not self.ends
+            self.ends[node] = [0] if is_first else []
         elif node.op == "get_attr":
-            direct = node.target in params and not all(user.op == "call_function" and CALL_OPS.get(call_name(user))
-                                                       in (*PARAMETRIC, "msa") for user in node.users)
-            if direct and node.target not in made:
-                add("pos_enc", node.target, params[node.target].shape)
-            ends[node] = [made[node.target]] if direct else []
+            self.ends[node] = self.visit_attribute(node)
         elif node.op == "call_module":
-            module = modules[node.target]
-            owned = [f"{node.target}.{n}" for n, _ in module.named_parameters()]
-            op = next((o for kind, o in MODULE_OPS.items() if isinstance(module, kind)), None)
-            if op is None and owned:
-                op = ("sep_conv" if getattr(module, "groups", 1) > 1 else
-                      "dil_conv" if getattr(module, "dilation", (1,)) not in ((1,), (1, 1)) else "conv")
-            ends[node] = chain(op, owned, before) if op else before
-        elif node.op in ("call_function", "call_method"):
-            if call_name(node) in ("getattr", "size", "dim", "ne"):       # a size, or where the padding is: no value that flows
-                ends[node] = []
-                continue
-            op = CALL_OPS.get(call_name(node))
-            owned = [s.target for s in node.all_input_nodes if s.op == "get_attr" and s.target in params
-                     and s.target not in made]
-            if op == "sum" and len(node.all_input_nodes) < 2:                      # adding a constant joins no branches
-                op = None
-            ends[node] = chain(op, owned, before) if op else before
-    missing = [n for n in params if n not in made]
-    if missing:
-        fail(f"the forward pass of {type(net).__name__} does not use parameter {missing[0]}")
-    return Graph(ops, names, shapes, edges)
+            self.ends[node] = self.visit_module(node, sources)
+        elif node.op == "output":
+            self.outputs = sources
+        else:
+            self.ends[node] = self.visit_call(node, sources)
+
+    def visit_attribute(self, node):
+        """A parameter that is read directly; one that a function owns waits for its call."""
+        name = self.first_name.get(node.target)
+        if name is None or all(owns_parameters(user) for user in node.users):
+            return []
+        if name not in self.node_of:
+            self.add("pos_enc", name, self.parameters[name].shape, [])
+        return [self.node_of[name]]
+
+    def visit_module(self, node, sources):
+        module = self.modules[node.target]
+        owned = []
+        for name, _ in module.named_parameters():
+            owned.append(self.first_name[f"{node.target}.{name}"])
+        op = module_op(module)
+        if op is None and owned:
+            raise InputError(
+                f"{node.target} is a {type(module).__name__}, which has no place in the graphs of "
+                "this hypernetwork; build it of linear, convolutional and normalising layers")
+        return self.add_operation(op, owned, sources, self.attention_heads(node))
+
+    def visit_call(self, node, sources):
+        if call_name(node) in NO_VALUE:
+            return []
+        op = CALL_OPS.get(call_name(node))
+        if op == "sum" and len(node.all_input_nodes) < 2:    # a constant is added: no branches join
+            op = None
+        owned = []
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source.target in self.first_name:
+                owned.append(self.first_name[source.target])
+        return self.add_operation(op, owned, sources, self.attention_heads(node))
+
+    def attention_heads(self, node):
+        """(heads,) of the innermost module around a node that has heads. D12: the released graphs
+        do not tell their number."""
+        stack = node.meta.get("nn_module_stack") or {}
+        for path in reversed(list(stack)):
+            heads = getattr(self.modules.get(path), "num_heads", None)
+            if heads is not None:
+                return (heads,)
+        return ()
+
+    def add_operation(self, op, owned, sources, heads):
+        """Nodes of an operation and of the parameters it owns; returns the nodes it ends in."""
+        if op is None:
+            return sources
+        if op in (*PARAMETRIC, "bias"):
+            return self.add_parameters(op, owned, sources)
+        # Attention has a node of its own, after its input and before its output projection.
+        last = [name for name in owned if "out_proj" in name or ".proj." in name]
+        first = [name for name in owned if name not in last]
+        sources = self.add_parameters("conv", first, sources)
+        shape = heads if op == "msa" else ()
+        sources = [self.add(op, None, shape, sources)]
+        return self.add_parameters("conv", last, sources)
+
+    def add_parameters(self, op, owned, sources):
+        for name in owned:
+            if name not in self.node_of:
+                parameter = self.parameters[name]
+                kind = parameter_op(op, name, parameter.ndim)
+                sources = [self.add(kind, name, parameter.shape, sources)]
+        return sources
+
+    def add(self, op, name, shape, sources):
+        node = len(self.ops)
+        self.ops.append(op)
+        self.names.append(name)
+        self.shapes.append(tuple(shape))
+        for source in sorted(set(sources)):
+            self.edges.append((source, node))
+        if name:
+            self.node_of[name] = node
+        return node
 
 
 def call_name(node):
     return node.target if isinstance(node.target, str) else node.target.__name__
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def owns_parameters(node):
+    """Whether a node of the trace is a function that reads weights, as F.linear does."""
+    if node.op != "call_function":
+        return False
+    return CALL_OPS.get(call_name(node)) in (*PARAMETRIC, "msa")
+
+
+def module_op(module):
+    for kind, op in MODULE_OPS:
+        if isinstance(module, kind):
+            return op
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups > 1:
+            return "sep_conv"
+        return "dil_conv" if max(module.dilation) > 1 else "conv"
+    return None
+
+
+def parameter_op(op, name, ndim):
+    """The operation that the node of a parameter stands for, op being its module's."""
+    last = name.split(".")[-1]
+    if last.endswith("bias") or last.startswith("bias"):     # "bias", "in_proj_bias", "bias_ih_l0"
+        return "bias"
+    if ndim > 1 or op in ("ln", "bn", "bias"):
+        return op
+    return "pos_enc"
+
+
+class Graph:
+    """f^G = (V, E): a node is an operation or a parameter of one; edges follow the forward pass.
+
+    ops: (V,) index into OPS            shapes: of parameters; (heads,) of attention; else ()
+    names: parameter name or None       edges: list of (from, to)
+    distance: (V, V) length of the shortest directed path, -1 where there is none: the "virtual
+    edges" of GHN-2
+    """
+    def __init__(self, ops, names, shapes, edges, outputs):
+        self.names = names
+        self.shapes = shapes
+        self.edges = edges
+        self.op_names = ops
+        self.ops = torch.tensor([OPS.index(op) for op in ops])
+        self.inputs = [[] for _ in ops]
+        self.readers = [[] for _ in ops]
+        for source, target in edges:
+            self.inputs[target].append(source)
+            self.readers[source].append(target)
+        self.joins = self.residual_sums()
+        self.heads = self.class_heads(outputs)
+        self.num_classes = max([self.shapes[head][0] for head in self.heads], default=0)
+        self.distance = shortest_paths(len(ops), edges)
+        self.features = self.node_features()
+
+    def __len__(self):
+        return len(self.names)
+
+    def residual_sums(self):
+        """The sums in which residual branches end; adding a position embedding is none."""
+        joins = set()
+        for node, op in enumerate(self.op_names):
+            embedded = any(self.op_names[i] == "pos_enc" for i in self.inputs[node])
+            if op == "sum" and not embedded:
+                joins.add(node)
+        return joins
+
+    def class_heads(self, outputs):
+        """The matrices whose rows are classes: what the output comes from. None in an encoder."""
+        heads = set()
+        for node in outputs:
+            heads.update(self.heads_behind(node))
+        return sorted(heads)
+
+    def heads_behind(self, node):
+        shape = self.shapes[node]
+        op = self.op_names[node]
+        if op in CONVOLUTIONS:
+            is_matrix = len(shape) > 1 and math.prod(shape[2:]) == 1
+            return [node] if is_matrix else []
+        if op in PARAMETRIC or op in ("input", "concat"):
+            return []
+        behind = [self.heads_behind(i) for i in self.inputs[node]]
+        return sum(behind, []) if all(behind) else []        # a residual sum is no sum of heads
+
+    def counts_classes(self, node):
+        """Whether the first dimension of a parameter counts classes: a head's matrix or bias."""
+        if self.op_names[node] == "bias":
+            node = self.inputs[node][0] if self.inputs[node] else node
+        return node in self.heads
+
+    def node_features(self):
+        """What the embeddings read: sizes (V, 4, SIZE_ANCHORS), degrees (V,) in and out, depth
+        (V, DEPTH_ANCHORS)."""
+        sizes = torch.zeros(len(self), 4)
+        for node, shape in enumerate(self.shapes):
+            shape = folded(shape)
+            sizes[node, :len(shape)] = torch.tensor(shape, dtype=torch.float32)
+            # D10: a class count belongs to the task, not to the architecture. Shown here, it would
+            # tell a network without task information which task it serves; the released code
+            # shows it, in bins of 16.
+            if self.names[node] and self.counts_classes(node):
+                sizes[node, 0] = 0
+        size = torch.stack([interpolated_size(s) for s in sizes.T], 1)
+        adjacent = self.distance == 1
+        degree_in = adjacent.sum(0).clamp(max=MAX_DEGREE)
+        degree_out = adjacent.sum(1).clamp(max=MAX_DEGREE)
+        # D11: relative depth. An absolute one (released code) leaves networks deeper than the
+        # trained ones with untrained rows.
+        depth = self.distance[0].clamp(min=0).float()
+        depth = depth / depth.max() * (DEPTH_ANCHORS - 1)
+        return size, degree_in, degree_out, interpolated(depth, DEPTH_ANCHORS)
+
+    @functools.lru_cache(maxsize=None)
+    def distance_index(self, limit):
+        """(V, V) row of the distance table: 0 no path, 1 + d a path of d edges from i to j,
+        1 + limit + d one from j to i."""
+        forward = self.distance.clamp(max=limit)
+        backward = forward.T
+        index = torch.where(backward > 0, 1 + limit + backward, 0)
+        return torch.where(forward >= 0, 1 + forward, index)
+
+    @functools.lru_cache(maxsize=None)
+    def batches(self, num_classes=None, features=None):
+        """The parameters as ParameterBatches: those of one role are decoded together.
+
+        num_classes: rows of the class heads (default: the network's own). With `features`, the
+        matrix M of Eq. (4) is one more parameter, (features, d): it stands where the classifier
+        stands, so it is decoded from the node whose output the classifier reads.
+        """
+        nodes_of = {}
+        for node, name in enumerate(self.names):
+            if name:
+                role = self.role(node, num_classes)
+                nodes_of.setdefault(role, []).append(node)
+        batches = []
+        for role, nodes in nodes_of.items():
+            names = [self.names[node] for node in nodes]
+            batches.append(ParameterBatch(role, names, self.index(nodes)))
+        if features:
+            (head,) = self.heads
+            role = Role(shape=(features, self.shapes[head][1]), kind="M")
+            nodes = self.inputs[head][:1]
+            batches.append(ParameterBatch(role, ["M"], self.index(nodes)))
+        return tuple(batches)
+
+    def index(self, nodes):
+        return torch.tensor(nodes, device=self.ops.device)
+
+    def role(self, node, num_classes):
+        shape = self.shapes[node]
+        kind = self.op_names[node]
+        if kind == "pos_enc" and self.inputs[node]:
+            kind = "token"                                   # a table in which the input is looked up
+        weight = shape
+        if kind == "bias" and self.inputs[node]:
+            weight = self.shapes[self.inputs[node][0]]
+        is_head = self.counts_classes(node)
+        if is_head and num_classes:
+            shape = (num_classes, *shape[1:])
+        is_qkv = len(weight) == 2 and weight[0] == 3 * weight[1] and not is_head
+        return Role(
+            shape, kind, is_head,
+            parts=3 if is_qkv else 1,
+            ends_branch=len(shape) > 1 and self.reader_after_bias(node) in self.joins)
+
+    def reader_after_bias(self, node):
+        reader = self.first_reader(node)
+        if self.op_names[reader] == "bias":
+            reader = self.first_reader(reader)
+        return reader
+
+    def first_reader(self, node):
+        return self.readers[node][0] if self.readers[node] else node
+
+    def to(self, device):
+        """The same graph with its tensors on `device`."""
+        moved = copy.copy(self)
+        moved.ops = self.ops.to(device)
+        moved.distance = self.distance.to(device)
+        moved.features = tuple(f.to(device) for f in self.features)
+        return moved
+
+
+def folded(shape):
+    """A shape of at most four numbers: time and height of a video's kernel count as one."""
+    if len(shape) <= 4:
+        return shape
+    return shape[0], shape[1], math.prod(shape[2:-1]), shape[-1]
+
+
+def interpolated(x, anchors):
+    """Weights of a linear interpolation of positions x (N,) in [0, anchors - 1] between whole
+    numbers: (N, anchors)."""
+    distance = (x[:, None] - torch.arange(anchors)).abs()
+    return (1 - distance).clamp(min=0)
+
+
+def interpolated_size(sizes):
+    """The same for sizes, on a log2 scale; size 0 (nothing there) gives zeros."""
+    sizes = torch.as_tensor(sizes, dtype=torch.float32)
+    position = sizes.clamp(min=1).log2().clamp(max=SIZE_ANCHORS - 1)
+    return interpolated(position, SIZE_ANCHORS) * (sizes > 0)[:, None]
+
+
+def shortest_paths(count, edges):
+    """(V, V) lengths of shortest directed paths, -1 where there is none.
+
+    Nodes are numbered topologically, so one sweep over the edges is enough.
+    """
+    far = count + 1
+    distance = np.full((count, count), far)
+    np.fill_diagonal(distance, 0)
+    for source, target in sorted(edges, key=lambda edge: edge[1]):
+        through = distance[:, source] + 1
+        distance[:, target] = np.minimum(distance[:, target], through)
+    distance[distance >= far] = -1
+    return torch.from_numpy(distance)
+
+
+# --------------------------------------------------------------------------------------------------
 # 4. TAL model structure and components: the learngene (encoder)
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def task_hypernet(I, W_gamma, W_beta):
-    """Eq. (2): (gamma, beta) = (W^gamma, W^beta) I_tau. I (t,) or (..., t); W (h, t) -> two (..., h)."""
-    return F.linear(I, W_gamma), F.linear(I, W_beta)                                 # Eq. (2)
+    """Eq. (2): (gamma, beta) = (W^gamma, W^beta) I_tau. I (..., t); W (h, t) -> two (..., h)."""
+    gamma = F.linear(I, W_gamma)
+    beta = F.linear(I, W_beta)
+    return gamma, beta                                               # Eq. (2)
 
 
 def task_specific_layer(f, gamma, beta):
-    """Eq. (3): f_tau^G = gamma x f^G + beta. f (V, h), gamma and beta (h,): the same for all nodes."""
-    return gamma * f + beta                                                          # Eq. (3)
+    """Eq. (3): f_tau^G = gamma x f^G + beta. f (V, h), gamma and beta (h,), of all nodes alike."""
+    return gamma * f + beta                                          # Eq. (3)
 
 
 class GraphLayer(nn.Module):
     """Graphormer layer (pre-norm) whose attention input passes the task-specific layer.
 
-    D2: where in the layer the task-specific layer sits, the paper leaves to Fig. 2(d); the released code modulates the
-    normalised input of the attention, and so do we.
+    D2: where in the layer the task-specific layer sits, the paper leaves to Fig. 2(d); the released
+    code modulates the normalised input of the attention, and so do we.
     """
-    def __init__(self, hid, heads, task_dim):
+    def __init__(self, width, heads, task_dim):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(hid)
-        self.qkv = nn.Linear(hid, 3 * hid, bias=False)
-        self.proj = nn.Linear(hid, hid)
-        self.norm2 = nn.LayerNorm(hid)
-        self.ff = nn.Sequential(nn.Linear(hid, 4 * hid), nn.GELU(), nn.Linear(4 * hid, hid))
-        if task_dim:                         # zero: training starts from the network without task information
-            self.W_gamma = nn.Parameter(torch.zeros(hid, task_dim))
-            self.W_beta = nn.Parameter(torch.zeros(hid, task_dim))
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.ff = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        if task_dim:              # zero: training starts from the network without task information
+            self.W_gamma = nn.Parameter(torch.zeros(width, task_dim))
+            self.W_beta = nn.Parameter(torch.zeros(width, task_dim))
 
-    def forward(self, h, bias, I):                                                   # (V, hid), (heads, V, V), (t,)
+    def forward(self, h, bias, I):                   # (V, width), (heads, V, V), (t,) or None
         z = self.norm1(h)
         if I is not None:
             gamma, beta = task_hypernet(I, self.W_gamma, self.W_beta)
-            z = task_specific_layer(z, 1 + gamma, beta)     # D1: gamma is counted from 1, as in the released code
-        q, k, v = self.qkv(z).view(len(z), 3, self.heads, -1).permute(1, 2, 0, 3)    # 3 x (heads, V, hid/heads)
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        h = h + self.proj(z.transpose(0, 1).reshape(h.shape))
+            # D1: gamma is counted from 1, as in the released code
+            z = task_specific_layer(z, 1 + gamma, beta)
+        h = h + self.proj(self.attention(z, bias))
         return h + self.ff(self.norm2(h))
+
+    def attention(self, z, bias):
+        qkv = self.qkv(z).view(len(z), 3, self.heads, -1)
+        q, k, v = qkv.permute(1, 2, 0, 3)            # each (heads, V, width / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return mixed.transpose(0, 1).reshape(z.shape)
 
 
 class Learngene(nn.Module):
-    """The encoder: graph (and task embedding) -> features of its nodes (V, hid), the task-specific graph f_tau^G."""
-    def __init__(self, hid, layers, heads, max_distance, task_dim):
+    """The encoder: graph (and task embedding) -> features of its nodes (V, width): f_tau^G."""
+    def __init__(self, width, layers, heads, max_distance, task_dim):
         super().__init__()
         self.max_distance = max_distance
-        self.op = nn.Embedding(len(OPS), hid)
-        self.size = nn.Parameter(torch.randn(4, SIZE_ANCHORS, hid // 4) * 0.2)       # (out, in, kh, kw), concatenated
-        self.degree_in = nn.Embedding(MAX_DEGREE + 1, hid)
-        self.degree_out = nn.Embedding(MAX_DEGREE + 1, hid)
-        self.depth = nn.Parameter(torch.randn(DEPTH_ANCHORS, hid) * 0.2)
-        # one additive bias per head for: no path, paths to a node 0..max_distance long, paths from it 1..max_distance long
+        self.op = nn.Embedding(len(OPS), width)
+        # of (out, in, kernel height, kernel width), concatenated
+        self.size = nn.Parameter(torch.randn(4, SIZE_ANCHORS, width // 4) * 0.2)
+        self.degree_in = nn.Embedding(MAX_DEGREE + 1, width)
+        self.degree_out = nn.Embedding(MAX_DEGREE + 1, width)
+        self.depth = nn.Parameter(torch.randn(DEPTH_ANCHORS, width) * 0.2)
+        # one additive bias per head for: no path; paths to a node, 0 ... max_distance long; paths
+        # from it, 1 ... max_distance long
         self.distance = nn.Embedding(2 * max_distance + 2, heads)
-        self.layers = nn.ModuleList(GraphLayer(hid, heads, task_dim) for _ in range(layers))
-        self.norm = nn.LayerNorm(hid)
+        self.layers = nn.ModuleList(GraphLayer(width, heads, task_dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
         for table in (self.degree_in, self.degree_out, self.distance):
             nn.init.normal_(table.weight, std=0.2)
 
     def forward(self, graph, I=None):
-        size, degree_in, degree_out, depth = graph.features
-        h = self.op(graph.ops) + torch.einsum("vfs,fsc->vfc", size, self.size).flatten(1)   # h^(1) = Embed(h^(0))
-        h = h + self.degree_in(degree_in) + self.degree_out(degree_out) + depth @ self.depth
-        bias = self.distance(graph.distance_index(self.max_distance)).permute(2, 0, 1)      # (heads, V, V)
+        h = self.embed(graph)
+        bias = self.distance(graph.distance_index(self.max_distance))
+        bias = bias.permute(2, 0, 1)                 # (heads, V, V)
         for layer in self.layers:
             h = layer(h, bias, I)
-        return self.norm(h)                                                                 # (V, hid)
+        return self.norm(h)                          # (V, width)
+
+    def embed(self, graph):
+        """h^(1) = Embed(h^(0)): (V, width)."""
+        size, degree_in, degree_out, depth = graph.features
+        sizes = torch.einsum("vfs,fsc->vfc", size, self.size)
+        h = self.op(graph.ops) + sizes.flatten(1)
+        return h + self.degree_in(degree_in) + self.degree_out(degree_out) + depth @ self.depth
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. TAL model structure and components: the decoders
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-@dataclasses.dataclass(eq=False)
-class Group:
-    """Parameters of one shape and one role, decoded together."""
-    names: list
-    nodes: torch.Tensor       # (n,) of the graph
-    shape: tuple              # of each parameter
-    kind: str                 # operation of the nodes, or "M": decides the scale of what is decoded
-    head: bool                # the first dimension counts classes
-    parts: int                # 3 where queries, keys and values are stacked, else 1
-    residual: bool            # the output ends a residual branch
+@dataclass(frozen=True)
+class Role:
+    """What a decoder needs to know of a parameter besides its node's features."""
+    shape: tuple
+    kind: str                     # operation of the node, "token" or "M": decides the scale
+    is_head: bool = False         # the first dimension counts classes
+    parts: int = 1                # 3 where queries, keys and values are stacked
+    ends_branch: bool = False     # the output ends a residual branch
 
     @property
     def core(self):
-        """Shape without the dimensions of size 1 of embeddings, (1, T, D) or (C, 1, 1); kernels stay (out, in, kh, kw)."""
-        return self.shape if len(self.shape) != 3 else tuple(n for n in self.shape if n > 1)
+        """The shape that is decoded: (n,), (rows, columns) or (out, in, kernel h, kernel w)."""
+        if self.kind in CONVOLUTIONS and len(self.shape) == 3:       # of a sequence
+            return self.shape[0], self.shape[1], 1, self.shape[2]
+        if len(self.shape) in (1, 2) or len(self.shape) > 3:
+            return folded(self.shape)
+        sizes = tuple(n for n in self.shape if n > 1)        # embeddings: (1, T, D), (C, 1, 1)
+        return sizes or (1,)
+
+
+@dataclass(eq=False)
+class ParameterBatch:
+    """Parameters of one role, decoded together."""
+    role: Role
+    names: list
+    nodes: torch.Tensor           # (n,) of the graph
+
+
+class BasisIndex:
+    """Rows of a basis that several parameters read, looked up in one go: table[...] -> parts."""
+    def __init__(self, parts, device):
+        self.rows = torch.cat([torch.arange(0), *parts]).to(device)
+        self.sizes = [len(part) for part in parts]
+
+    def __call__(self, basis):
+        return basis[self.rows].split(self.sizes)
+
+
+@dataclass(frozen=True)
+class HypernetConfig:
+    """Sizes of a hypernetwork; the first nine stand in the table HYPERNETS."""
+    width: int = 64               # of the learngene's node features
+    layers: int = 3
+    heads: int = 8
+    max_distance: int = 12        # longest path that its attention tells apart
+    rank: int = 64                # r of the low-rank decoder
+    mlp: tuple = (128, 256)       # hidden sizes of the decoder's MLP
+    channels: int = 256           # channels with basis rows of their own
+    kernels: int = 8              # kernel positions, likewise
+    classes: int = 128            # rows of the class head
+    scale: str = "rms"            # of predicted matrices, see `scaled`
+    decoder: str = "low-rank"     # or "tiled"
+    task_dim: int = 0             # t of Eq. (2); 0: no task information
+    tokens: int = 0               # of a vocabulary
+
+
+HYPERNETS = {
+    "drawn": HypernetConfig(),
+    # The paper is silent; sizes of the authors' code. Omniglot has 1,623 classes.
+    "paper": HypernetConfig(
+        width=128, layers=5, heads=16, max_distance=50, rank=90, mlp=(512, 1024), channels=2048,
+        kernels=16, classes=2048, scale="fan-in"),
+    "tiny": HypernetConfig(width=32, layers=1, heads=4, rank=4, mlp=(32, 48)),         # for tests
+}
 
 
 class LowRankDecoder(nn.Module):
-    """LoGAH's decoder: W = A B^T with A (out * kh, r) and B (in * kw, r), each a learned basis of r columns times a code
-    of r x r numbers that an MLP makes from the node's features. D16: a vector (bias, norm) has rank one: r numbers do.
+    """LoGAH's decoder: W = A B^T with A (out * kh, r) and B (in * kw, r).
+
+    Each is a learned basis of r columns times a code of r x r numbers, which an MLP makes from the
+    node's features. D16: a vector (bias, norm) has rank one: r numbers are enough.
     """
-    def __init__(self, hid, rank, channels, kernels, classes, mlp, tokens=0):
+    def __init__(self, config):
         super().__init__()
-        self.rank, self.channels, self.kernels, self.classes, self.tokens = rank, channels, kernels, classes, tokens
-        self.mlp = nn.Sequential(nn.Linear(hid, mlp[0]), nn.ReLU(), nn.Linear(mlp[0], mlp[1]), nn.ReLU())
-        self.code = nn.Linear(mlp[1], 2 * rank * rank)
-        self.vector_code = nn.Linear(mlp[1], rank)
-        # D5: separate bases for rows and columns. With a single one, row and column spaces of neighbouring layers align,
-        # and attention starts saturated.
-        # D6: classes are not channels: the head's rows have a part of the basis of their own, behind the channels'.
-        # D20: nor are tokens; every token of the vocabulary has a row of its own, behind the classes'. In the released code
-        # the token table repeats itself every 2,048 tokens.
-        self.row_basis = nn.Parameter(torch.randn(channels * kernels + classes + tokens, rank))
-        self.col_basis = nn.Parameter(torch.randn(channels * kernels, rank))
-        self.vector_basis = nn.Parameter(torch.randn(channels * kernels + classes, rank))
-        # Principled start (Chang et al. 2020): codes of standard deviation 1 / sqrt(r), so that A and B start near 1.
+        self.config = config
+        rank = config.rank
+        first, second = config.mlp
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU())
+        self.code = nn.Linear(second, 2 * rank * rank)
+        self.vector_code = nn.Linear(second, rank)
+        # D5: separate bases for rows and columns. With a single one, row and column spaces of
+        # neighbouring layers align, and attention starts saturated.
+        # D6: classes are not channels: the head's rows have a part of the basis of their own,
+        # behind the channels'.
+        # D20: nor are tokens; every token of the vocabulary has a row of its own, behind the
+        # classes'. In the released code the token table repeats itself every 2,048 tokens.
+        self.size = config.channels * config.kernels
+        rows = self.size + config.classes
+        self.row_basis = nn.Parameter(torch.randn(rows + config.tokens, rank))
+        self.col_basis = nn.Parameter(torch.randn(self.size, rank))
+        self.vector_basis = nn.Parameter(torch.randn(rows, rank))
+        # Principled start (Chang et al. 2020): codes of standard deviation 1 / sqrt(r), so that
+        # A and B start near 1.
         nn.init.normal_(self.code.bias, std=rank ** -0.5)
         nn.init.zeros_(self.vector_code.bias)
 
-    def index(self, group):
-        """Rows of the bases that a group reads: (out * kh,), and (in * kw,) or None for a vector."""
-        size, channels, (out, *rest) = self.channels * self.kernels, self.channels, group.core
-        kh, kw = rest[1:] if len(rest) == 3 else (1, 1)
-        if group.head:
-            if out > self.classes:
-                fail(f"the hypernetwork decodes at most {self.classes} classes, the task has {out}; raise --max-classes")
-            return size + torch.arange(out), torch.arange(rest[0]) % size if rest else None
-        if group.kind == "token":
-            if out > self.tokens:
-                fail(f"the hypernetwork knows {self.tokens} tokens, this vocabulary has {out}; give the --tokens it was trained with")
-            return size + self.classes + torch.arange(out), torch.arange(rest[0]) % size
-        # D7: queries, keys and values start at fixed rows, whatever the width. What is larger than the basis repeats it.
-        rows = (torch.arange(group.parts)[:, None] * channels + torch.arange(out // group.parts)).flatten()
-        rows = rows[:, None] + torch.arange(kh) * channels
-        cols = (torch.arange(rest[0])[:, None] + torch.arange(kw) * channels).flatten() % size if rest else None
-        return rows.flatten() % size, cols
+    def forward(self, h, batches):
+        """Node features (V, width) -> per batch of parameters a tensor (n, *shape)."""
+        plan = self.plan(tuple(batches))
+        z = self.mlp(h)
+        decoded = {}
+        codes = self.code(z[plan.nodes]).view(-1, 2, self.config.rank, self.config.rank)
+        codes = codes.split([len(batch.nodes) for batch in plan.matrices])
+        row_bases = plan.rows(self.row_basis)
+        col_bases = plan.columns(self.col_basis)
+        for batch, code, rows, columns in zip(plan.matrices, codes, row_bases, col_bases):
+            decoded[batch] = self.matrix(batch.role, code, rows, columns)
+        codes = self.vector_code(z)
+        for batch, rows in zip(plan.vectors, plan.vector_rows(self.vector_basis)):
+            decoded[batch] = codes[batch.nodes] @ rows.T             # (n, out)
+        return [decoded[batch] for batch in batches]
 
-    @torch.no_grad()
-    def quiet_untrained_rows(self, groups):
-        """D19: scales by 0.1 the basis rows that none of the groups reads, given those of all training architectures.
-
-        A network wider than any of them then starts as the widest trained one with quiet channels beside it, which
-        further training can wake, and not with channels of full-size noise.
-        """
-        read = {"row_basis": [], "col_basis": [], "vector_basis": []}
-        for group in groups:
-            rows, cols = self.index(group)
-            read["vector_basis" if cols is None else "row_basis"].append(rows)
-            read["col_basis"].extend([] if cols is None else [cols])
-        for name, rows in read.items():
-            basis = getattr(self, name)
-            untrained = torch.ones(len(basis), dtype=torch.bool)
-            untrained[torch.cat(rows)] = False
-            basis[untrained.to(basis.device)] *= 0.1
+    def matrix(self, role, code, rows, columns):
+        """code (n, 2, r, r), rows (out * kh, r), columns (in * kw, r) -> (n, *core)."""
+        A = (rows * self.config.rank ** -0.5) @ code[:, 0]           # (n, out * kh, r)
+        B = columns @ code[:, 1]                                     # (n, in * kw, r)
+        W = A @ B.transpose(1, 2)                                    # (n, out * kh, in * kw)
+        if len(role.core) == 2:
+            return W
+        out, inputs, kh, kw = role.core
+        return W.view(-1, out, kh, inputs, kw).transpose(2, 3)       # (n, out, in, kh, kw)
 
     @functools.lru_cache(maxsize=None)
-    def plan(self, groups):
-        """Per graph, once: matrix and vector groups, and all basis rows they read, in one index per basis."""
-        matrices = [g for g in groups if len(g.core) > 1]
-        vectors = [g for g in groups if len(g.core) == 1]
+    def plan(self, batches):
+        """What of the bases the parameters of a graph read: once per graph."""
+        matrices, rows, columns = [], [], []
+        vectors, vector_rows = [], []
+        for batch in batches:
+            if len(batch.role.core) == 1:
+                vectors.append(batch)
+                vector_rows.append(self.basis_rows(batch.role))
+            else:
+                matrices.append(batch)
+                rows.append(self.basis_rows(batch.role))
+                columns.append(self.basis_columns(batch.role))
+        device = self.row_basis.device
+        return DecodingPlan(
+            matrices, vectors,
+            BasisIndex(rows, device), BasisIndex(columns, device), BasisIndex(vector_rows, device),
+            nodes=torch.cat([batch.nodes for batch in matrices]))
 
-        def gather(parts):
-            return torch.cat([torch.arange(0), *parts]).to(self.row_basis.device), [len(p) for p in parts]
+    def basis_rows(self, role):
+        """(out * kh,) the rows of row_basis, or of vector_basis, that a parameter reads."""
+        config = self.config
+        out = role.core[0]
+        if role.is_head:
+            check_classes(out, config.classes)
+            return self.size + torch.arange(out)
+        if role.kind == "token":
+            if out > config.tokens:
+                raise InputError(
+                    f"the hypernetwork knows {config.tokens} tokens, this vocabulary has {out}; "
+                    "give the --tokens it was trained with")
+            return self.size + config.classes + torch.arange(out)
+        # D7: queries, keys and values start at fixed rows, whatever the width. What is larger than
+        # the basis repeats it.
+        kh = role.core[2] if len(role.core) == 4 else 1
+        starts = torch.arange(role.parts) * config.channels
+        rows = starts[:, None] + torch.arange(out // role.parts)
+        rows = rows.flatten()[:, None] + torch.arange(kh) * config.channels
+        return rows.flatten() % self.size
 
-        index = [self.index(g) for g in matrices]
-        return (matrices, vectors, gather([rows for rows, _ in index]), gather([cols for _, cols in index]),
-                gather([self.index(g)[0] for g in vectors]), torch.cat([g.nodes for g in matrices]))
+    def basis_columns(self, role):
+        """(in * kw,) the rows of col_basis that a matrix reads."""
+        kw = role.core[3] if len(role.core) == 4 else 1
+        columns = torch.arange(role.core[1])
+        columns = columns[:, None] + torch.arange(kw) * self.config.channels
+        return columns.flatten() % self.size
 
-    def forward(self, h, groups):
-        """Node features (V, hid) -> per group a tensor (n, *shape)."""
-        matrices, vectors, rows, cols, vector_rows, nodes = self.plan(tuple(groups))
-        z = self.mlp(h)
-        codes = self.code(z[nodes]).view(-1, 2, self.rank, self.rank).split([len(g.nodes) for g in matrices])
-        row_parts = self.row_basis[rows[0]].split(rows[1])
-        col_parts = self.col_basis[cols[0]].split(cols[1])
-        out = {}
-        for g, C, U, V in zip(matrices, codes, row_parts, col_parts):
-            A = (U * self.rank ** -0.5) @ C[:, 0]                                    # (n, out * kh, r)
-            B = V @ C[:, 1]                                                          # (n, in * kw, r)
-            out[g] = W = A @ B.transpose(1, 2)                                       # (n, out * kh, in * kw)
-            if len(g.core) == 4:
-                o, i, kh, kw = g.core
-                out[g] = W.view(-1, o, kh, i, kw).transpose(2, 3)                    # (n, out, in, kh, kw)
-        codes = self.vector_code(z)
-        for g, U in zip(vectors, self.vector_basis[vector_rows[0]].split(vector_rows[1])):
-            out[g] = codes[g.nodes] @ U.T                                            # (n, out)
-        return [out[g] for g in groups]
+    @torch.no_grad()
+    def quiet_untrained_rows(self, roles):
+        """D19: scales by 0.1 the basis rows that none of the roles reads, given those of all
+        training architectures.
+
+        A network wider than any of them then starts as the widest trained one with quiet channels
+        beside it, which further training can wake, and not with channels of full-size noise.
+        """
+        rows, columns, vector_rows = [], [], []
+        for role in roles:
+            if len(role.core) == 1:
+                vector_rows.append(self.basis_rows(role))
+            else:
+                rows.append(self.basis_rows(role))
+                columns.append(self.basis_columns(role))
+        quieten(self.row_basis, rows)
+        quieten(self.col_basis, columns)
+        quieten(self.vector_basis, vector_rows)
+
+
+def quieten(basis, trained):
+    untrained = torch.ones(len(basis), dtype=torch.bool)
+    untrained[torch.cat(trained)] = False
+    basis[untrained.to(basis.device)] *= 0.1
+
+
+def check_classes(count, most):
+    if count > most:
+        raise InputError(
+            f"the hypernetwork decodes at most {most} classes, the task has {count}; train a larger "
+            "one (--hypernet)")
+
+
+@dataclass
+class DecodingPlan:
+    matrices: list                # batches of parameters
+    vectors: list
+    rows: BasisIndex              # of the matrices, in row_basis
+    columns: BasisIndex           # likewise, in col_basis
+    vector_rows: BasisIndex       # of the vectors, in vector_basis
+    nodes: torch.Tensor           # of the matrices
 
 
 class TiledDecoder(nn.Module):
-    """GHN-3's decoder: an MLP makes one tile (t, t) per kernel position, repeated up to the parameter's shape."""
-    def __init__(self, hid, tile, kernel, classes):
+    """GHN-3's decoder: an MLP makes one tile (t, t) per kernel position, repeated up to the shape
+    of the parameter."""
+    def __init__(self, config):
         super().__init__()
-        self.tile, self.kernel, self.classes = tile, kernel, classes
-        self.fc = nn.Linear(hid, 4 * hid * kernel * kernel)
-        self.conv = nn.Sequential(nn.ReLU(), nn.Linear(4 * hid, 8 * hid), nn.ReLU(), nn.Linear(8 * hid, tile * tile))
-        self.class_layer = nn.Linear(tile, classes)          # the head's rows, from the tile's
+        self.config = config
+        tile = self.tile = config.width
+        self.fc = nn.Linear(tile, 4 * tile * config.kernels ** 2)
+        self.conv = nn.Sequential(
+            nn.ReLU(), nn.Linear(4 * tile, 8 * tile), nn.ReLU(), nn.Linear(8 * tile, tile * tile))
+        self.class_layer = nn.Linear(tile, config.classes)           # the head's rows, of the tile's
 
-    def forward(self, h, groups):
-        """Node features (V, hid) -> per group a tensor (n, *shape)."""
-        k, t, tiles, out = self.kernel, self.tile, {}, []
-        fc_weight, fc_bias = self.fc.weight.view(k * k, -1, h.shape[1]), self.fc.bias.view(k * k, -1)
-        for kernel in {g.core[2:] for g in groups}:                      # all nodes of one kernel size together
-            same = [g for g in groups if g.core[2:] == kernel]
-            ys, xs = ((torch.arange(n, device=h.device) + (k - n) // 2) % k for n in kernel or (1, 1))   # centre, or repeat
-            at = (ys[:, None] * k + xs).flatten()
-            z = torch.einsum("nc,poc->npo", h[torch.cat([g.nodes for g in same])], fc_weight[at]) + fc_bias[at]
-            z = self.conv(z).view(-1, len(at), t, t)                                             # (n, kh * kw, t, t)
-            tiles.update(zip(same, z.split([len(g.nodes) for g in same])))
-        for g in groups:
-            tile, (rows, *rest) = tiles[g], g.core
-            if g.head:                                                                           # (n, 1, classes, t)
-                if rows > self.classes:
-                    fail(f"the hypernetwork decodes at most {self.classes} classes, the task has {rows}; raise --max-classes")
-                tile = self.class_layer(tile.relu().transpose(2, 3)).transpose(2, 3)
-            if not rest:
-                vector = tile[:, 0].mean(-1)
-                out.append(vector.repeat(1, math.ceil(rows / vector.shape[1]))[:, :rows])
-                continue
-            W = tile.repeat(1, 1, math.ceil(rows / tile.shape[2]), math.ceil(rest[0] / t))[..., :rows, :rest[0]]
-            out.append(W.permute(0, 2, 3, 1))                                                    # (n, out, in, kh * kw)
-        return out
+    def forward(self, h, batches):
+        """Node features (V, width) -> per batch of parameters a tensor (n, *shape)."""
+        tiles = {}
+        for kernel in {batch.role.core[2:] for batch in batches}:
+            same = [batch for batch in batches if batch.role.core[2:] == kernel]
+            nodes = torch.cat([batch.nodes for batch in same])
+            made = self.tiles(h[nodes], kernel or (1, 1))
+            tiles.update(zip(same, made.split([len(batch.nodes) for batch in same])))
+        return [self.repeated(tiles[batch], batch.role) for batch in batches]
+
+    def tiles(self, h, kernel):
+        """(n, width), (kh, kw) -> (n, kh * kw, t, t)."""
+        positions = self.kernel_positions(kernel).to(h.device)
+        size = self.config.kernels ** 2
+        weight = self.fc.weight.view(size, -1, self.tile)[positions]
+        bias = self.fc.bias.view(size, -1)[positions]
+        z = torch.einsum("nc,poc->npo", h, weight) + bias
+        return self.conv(z).view(-1, len(positions), self.tile, self.tile)
+
+    def kernel_positions(self, kernel):
+        """(kh * kw,) places in the middle of the largest kernel; what is larger repeats it."""
+        largest = self.config.kernels
+        y, x = [(torch.arange(n) + (largest - n) // 2) % largest for n in kernel]
+        return (y[:, None] * largest + x).flatten()
+
+    def repeated(self, tile, role):
+        """(n, kh * kw, t, t) -> (n, out), or (n, out, in, kh * kw)."""
+        out = role.core[0]
+        if role.is_head:
+            check_classes(out, self.config.classes)
+            tile = self.class_layer(tile.relu().transpose(2, 3)).transpose(2, 3)
+        down = math.ceil(out / tile.shape[2])
+        if len(role.core) == 1:
+            vector = tile[:, 0].mean(-1)
+            return vector.repeat(1, down)[:, :out]
+        inputs = role.core[1]
+        across = math.ceil(inputs / self.tile)
+        W = tile.repeat(1, 1, down, across)[..., :out, :inputs]
+        return W.permute(0, 2, 3, 1)
 
 
-def normalise(W, group, how, sums):
-    """Scales decoded tensors (n, *shape) to what a network expects at its start.
+def scaled(W, role, rule, branches):
+    """Scales decoded tensors W (n, *shape) to what a network expects at its start.
 
-    The released code's rules: matrices times sqrt(2 / fan-in), norm weights 2 sigmoid(w / 2), biases tanh(0.2 w).
-    D8: "rms" sets the root mean square of a matrix to sqrt(1 / fan-in), and divides the last matrix of a residual branch
-    by the number of branches beyond 6, so that a deeper network takes smaller steps. Position embeddings and class
-    tokens start at 0.2 of what is decoded; at full size they drown the patches and delay all learning.
+    The released code's rules: matrices times sqrt(2 / fan-in), norm weights 2 sigmoid(w / 2),
+    biases tanh(0.2 w).
+    D8: rule "rms" sets the root mean square of a matrix to sqrt(1 / fan-in), and divides the last
+    matrix of a residual branch by the number of branches beyond 6, so that a deeper network takes
+    smaller steps. Position embeddings and class tokens start at 0.2 of what is decoded; at full
+    size they drown the patches and delay all learning.
     """
-    if group.kind in ("ln", "bn"):
+    if role.kind in ("ln", "bn"):
         return 2 * torch.sigmoid(W / 2)
-    if group.kind == "bias":
+    if role.kind == "bias":
         return torch.tanh(0.2 * W)
-    if group.kind == "pos_enc":
+    if role.kind == "pos_enc":
         return 0.2 * W
-    fan_in = 1 if group.kind == "token" else math.prod(group.shape[1:])             # a table is looked up, not multiplied
-    if how == "fan-in":
+    fan_in = math.prod(role.shape[1:])
+    if role.kind == "token":
+        fan_in = 1                                           # a table is looked up, not multiplied
+    if rule == "fan-in":
         return W * (2 / fan_in) ** 0.5
-    scale = (1 / fan_in) ** 0.5 * (6 / max(6, sums) if group.residual else 1)
-    return W * (scale * torch.rsqrt(W.pow(2).mean(tuple(range(1, W.ndim)), keepdim=True) + 1e-8))
+    scale = (1 / fan_in) ** 0.5
+    if role.ends_branch:
+        scale = scale * (6 / max(6, branches))
+    mean_square = W.pow(2).mean(tuple(range(1, W.ndim)), keepdim=True)
+    return W * (scale * torch.rsqrt(mean_square + 1e-8))
 
 
 class Hypernet(nn.Module):
     """H_D(.; theta): learngene and decoder. `predict` is the whole method at use."""
-    def __init__(self, hid, layers, heads, max_distance, task_dim, decoder, rank, channels, kernels, classes, mlp, norm, tokens=0):
+    def __init__(self, config):
         super().__init__()
-        self.normalisation = norm
-        self.learngene = Learngene(hid, layers, heads, max_distance, task_dim)
-        self.decoder = (LowRankDecoder(hid, rank, channels, kernels, classes, mlp, tokens) if decoder == "low-rank" else
-                        TiledDecoder(hid, hid, kernels, classes))
+        self.config = config
+        self.learngene = Learngene(
+            config.width, config.layers, config.heads, config.max_distance, config.task_dim)
+        is_tiled = config.decoder == "tiled"
+        self.decoder = TiledDecoder(config) if is_tiled else LowRankDecoder(config)
 
-    def predict(self, graph, I=None, num_classes=None, features=None):
+    def predict(self, graph, I=None, num_classes=None, features=None, heads=True):
         """w_pred = H_D(f^G; theta): {parameter name: tensor} for every parameter of the graph.
 
-        I: task embedding (t,), or None without task information. num_classes: rows of the class head (default: the
-        network's own). features: width d' of the ancestry's features; adds "M", the (d', d) matrix of Eq. (4), transposed.
+        I: task embedding (t,), or None without task information.
+        num_classes: rows of the class head (default: the network's own).
+        features: width d' of the ancestry's features; adds "M", the (d', d) matrix of Eq. (4),
+        transposed.
+        heads: whether to predict those, too.
         """
-        groups = graph.groups(num_classes, features)
-        h = self.learngene(graph, I)                                                 # (V, hid)
+        batches = graph.batches(num_classes, features)
+        if not heads:
+            batches = tuple(batch for batch in batches if not batch.role.is_head)
+        h = self.learngene(graph, I)                                 # (V, width)
         weights = {}
-        for group, W in zip(groups, self.decoder(h, groups)):
-            W = normalise(W.reshape(-1, *group.shape), group, self.normalisation, graph.sums)
-            weights.update(zip(group.names, W.unbind(0)))
+        for batch, W in zip(batches, self.decoder(h, batches)):
+            W = W.reshape(-1, *batch.role.shape)
+            W = scaled(W, batch.role, self.config.scale, len(graph.joins))
+            weights.update(zip(batch.names, W.unbind(0)))
         return weights
 
-    def groups(self, lr, lr_basis, weight_decay):
-        """AdamW groups: what the node features are multiplied with at the two ends (bases and embeddings) may learn at a
-        rate of its own."""
-        def is_basis(name):
-            return "basis" in name or any(f"learngene.{t}" in name for t in ("op", "size", "degree", "depth", "distance"))
-        named = list(self.named_parameters())
-        return [dict(params=[p for n, p in named if is_basis(n) == b], lr=rate, weight_decay=weight_decay)
-                for b, rate in ((False, lr), (True, lr_basis))]
+    def optimizer_groups(self, lr, lr_basis, weight_decay):
+        """AdamW groups: what the node features are multiplied with at both ends (bases and
+        embeddings) may learn at a rate of its own."""
+        bases, others = [], []
+        for name, p in self.named_parameters():
+            (bases if is_basis(name) else others).append(p)
+        return [
+            {"params": others, "lr": lr, "weight_decay": weight_decay},
+            {"params": bases, "lr": lr_basis, "weight_decay": weight_decay},
+        ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def is_basis(name):
+    embeddings = ("op", "size", "degree", "depth", "distance")
+    return "basis" in name or name.startswith(tuple(f"learngene.{e}" for e in embeddings))
+
+
+# --------------------------------------------------------------------------------------------------
 # 4. Train TAL model on a large dataset
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+PREDPARAM = 3e-5     # Sec. 5.1: gamma, the weight of the norms of predicted parameters in the loss
+
 
 def meta_batch_loss(losses):
-    """Eq. (1): mean over the m architectures of a meta-batch; each loss is already the mean over the n images."""
-    return torch.stack(list(losses)).mean()                                          # Eq. (1)
+    """Eq. (1): mean over the m architectures of a meta-batch; each is a mean over n images."""
+    return torch.stack(list(losses)).mean()                          # Eq. (1)
 
 
 def loss_aux(E_train, E_anc, M, temperature=1.0):
-    """Eq. (4): KL(softmax(E_train M) || softmax(E_anc)), mean over the batch. E_train (B, d), M (d, d'), E_anc (B, d').
+    """Eq. (4): KL(softmax(E_train M) || softmax(E_anc)), mean over the batch.
 
-    D3: the released code has the two sides exchanged, temperature 3, and divides by batch size times classes.
+    E_train (B, d), M (d, d'), E_anc (B, d'). D3: the released code has the two sides exchanged,
+    temperature 3, and divides by batch size times classes.
     """
     log_p = F.log_softmax(E_train @ M / temperature, -1)
     log_q = F.log_softmax(E_anc / temperature, -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()                            # Eq. (4)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()            # Eq. (4)
 
 
 def loss_cls(y, logits):
-    """Eq. (5): CE(y_c, f_train(x)). logits (B, C); y (B,) classes, or (B, C) probabilities (TAL+'s soft labels)."""
-    return F.cross_entropy(logits, y)                                                # Eq. (5)
+    """Eq. (5): CE(y_c, f_train(x)). y (B,), or (B, C) probabilities (TAL+); logits (B, C)."""
+    return F.cross_entropy(logits, y)                                # Eq. (5)
 
 
 def tal_loss(aux, cls, alpha):
     """Eq. (6): L = alpha L_aux + (1 - alpha) L_cls."""
-    return alpha * aux + (1 - alpha) * cls                                           # Eq. (6)
+    return alpha * aux + (1 - alpha) * cls                           # Eq. (6)
 
 
 class TrainingModel(nn.Module):
-    """f_train with both of its outputs from one pass: logits (B, C) and the encoder's features E_train (B, d)."""
+    """f_train with both outputs of one pass: logits (B, C), the encoder's features E (B, d)."""
     def __init__(self, net):
         super().__init__()
         self.net = net
@@ -615,28 +1028,56 @@ class TrainingModel(nn.Module):
 class Ancestry(nn.Module):
     """The ancestry model: one encoder, ViT or GPT-2, with a head per task it was trained on.
 
-    Pretrained ones come with the mean and std by which their images were normalised. They are shown each task's images that
-    way, in the size they know, while the student sees the task's own normalisation.
+    A published one comes with the mean and std by which its images were normalised, and is shown
+    every image that way, at the size it knows; others see each task's own normalisation.
     """
     def __init__(self, config, classes, mean=None, std=None):
         super().__init__()
         self.encoder = network(config)
         if isinstance(config, ViTConfig):
             self.encoder.head = nn.Identity()
-        self.heads = nn.ModuleDict({task: nn.Linear(config.width, n) for task, n in classes.items()})
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, values and torch.tensor(values).view(3, 1, 1), persistent=False)
+        heads = {task: nn.Linear(config.width, count) for task, count in classes.items()}
+        self.heads = nn.ModuleDict(heads)
+        self.register_buffer("mean", as_buffer(mean), persistent=False)
+        self.register_buffer("std", as_buffer(std), persistent=False)
 
-    def forward(self, x, task=None):             # (B, 3, H, W), normalised as data.Task does, or (B, T) -> E_anc (B, d')
+    @property
+    def width(self):
+        return self.encoder.config.width                             # d' of Eq. (4), t of Eq. (2)
+
+    def forward(self, x, task):
+        """uint8 images (B, 3, H, W) or token ids (B, T) of a data.Task -> E_anc (B, d')."""
+        return self.encode(self.normalise(x, task))
+
+    def normalise(self, x, task):
+        if self.mean is None:
+            return task.normalise(x)
+        return (x / 255 - self.mean) / self.std
+
+    def encode(self, x):
+        """Normalised images or token ids -> (B, d')."""
         if x.ndim == 2:
             return self.encoder.encode(x)
-        if self.mean is not None:
-            white_is_1 = (x - task.shift) / (255 * task.scale)
-            x = (white_is_1 - self.mean) / self.std
         size = self.encoder.config.image_size
         if x.shape[-1] != size:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         return self.encoder(x)
+
+    def knows(self, task):
+        """Whether there is a head for exactly the classes of a task."""
+        if task.name not in self.heads:
+            return False
+        return self.heads[task.name].out_features == task.num_classes
+
+
+def as_buffer(channels):
+    return None if channels is None else torch.tensor(channels).view(3, 1, 1)
+
+
+def soft_labels(y, logits):
+    """D9: half label, half the ancestry's softmax. y (B,), logits (B, C) -> (B, C)."""
+    soft = logits.softmax(-1)
+    return (soft + F.one_hot(y, logits.shape[1])) / 2
 
 
 @functools.lru_cache(maxsize=None)
@@ -646,231 +1087,421 @@ def encoded(config, device):
     return TrainingModel(net), encode_graph(net).to(device)
 
 
-def tal_step(hypernet, ancestry, config, task, x, y, I, args, machine):
-    """One architecture on one batch: x (B, 3, H, W), y (B,), I (t,) or None -> three float32 numbers: the loss of Eq. (6)
-    with the regularisation of predicted parameters, Eq. (5) and Eq. (4) (0 without ancestry)."""
+@dataclass(frozen=True)
+class Objective:
+    """What Eq. (6) is made of."""
+    alpha: float                  # weight of Eq. (4)
+    temperature: float = 1.0      # of its softmax
+    soft: bool = False            # TAL+: the ancestry's logits as soft labels
+
+
+def tal_step(hypernet, ancestry, config, task, x, y, I, objective, machine):
+    """One architecture on one batch -> three float32 numbers: the loss of Eq. (6) with the
+    regularisation of predicted parameters, Eq. (5) and Eq. (4) (0 without ancestry).
+
+    x: uint8 images (B, 3, H, W) or token ids (B, T); y (B,); I (t,) or None; ancestry: or None.
+    """
     net, graph = encoded(config, machine.device)
-    alpha = args.alpha if ancestry is not None else 0.0
-    weights = hypernet.predict(graph, I, task.num_classes, args.ancestry_width if alpha else None)
+    alpha = objective.alpha if ancestry is not None else 0.0
+    features = ancestry.width if alpha else None
+    weights = hypernet.predict(graph, I, task.num_classes, features)
     M = weights.pop("M").T if alpha else None
-    norms = torch.stack(torch._foreach_norm(list(weights.values()))).sum()           # predicted-parameter regularisation
+    norms = torch.stack(torch._foreach_norm(list(weights.values()))).sum()
+    weights = {f"net.{name}": w for name, w in weights.items()}
     with machine.autocast():
-        logits, E_train = functional_call(net, {f"net.{n}": w for n, w in weights.items()}, (x,), strict=True)
+        logits, E_train = functional_call(net, weights, (task.normalise(x),), strict=True)
         with torch.no_grad():
-            E_anc = ancestry(x, task) if ancestry is not None else None
-            known = args.method == "tal+" and E_anc is not None and task.name in ancestry.heads
-            if known and ancestry.heads[task.name].out_features == task.num_classes:
-                soft = ancestry.heads[task.name](E_anc).softmax(-1)                  # D9: half label, half ancestry
-                y = (soft + F.one_hot(y, task.num_classes)) / 2
+            if ancestry is not None:
+                E_anc = ancestry(x, task)
+            if ancestry is not None and objective.soft and ancestry.knows(task):
+                y = soft_labels(y, ancestry.heads[task.name](E_anc))
     cls = loss_cls(y, logits.float())
-    aux = loss_aux(E_train.float(), E_anc.float(), M, args.temperature) if alpha else torch.zeros_like(cls)
-    return tal_loss(aux, cls, alpha) + args.predparam * norms, cls, aux
+    aux = torch.zeros_like(cls)
+    if alpha:
+        aux = loss_aux(E_train.float(), E_anc.float(), M, objective.temperature)
+    loss = tal_loss(aux, cls, alpha) + PREDPARAM * norms
+    return loss, cls, aux
 
 
-def build_hypernet(args):
-    """The hypernetwork of a method. LoGAH and GHN-3 are TAL without task information and without ancestry; GHN-3 also
-    has its own decoder."""
-    decoder = "tiled" if args.method == "ghn3" else "low-rank"
-    return Hypernet(args.hid, args.layers, args.hyper_heads, args.max_distance, args.ancestry_width if args.task_info else 0,
-                    decoder, args.rank, args.max_channels, args.max_kernel, args.max_classes, args.mlp, args.normalise,
-                    getattr(args, "vocab", 0))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Tuning TAL model under multi-task setting
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def task_embedding(ancestry, task, machine, limit=2000):
-    """I_tau: mean ancestry feature (t,) of the first `limit` training images of a task; their classes are mixed.
+def task_embedding(ancestry, task, device, limit=2000):
+    """I_tau: mean ancestry feature (t,) of the first `limit` training images of a task.
 
-    D4: brought to norm sqrt(t). The released embeddings have norms between 6 and 23, and an unseen task's falls outside.
+    Their classes are mixed. D4: brought to norm sqrt(t). The released embeddings have norms between
+    6 and 23, and an unseen task's falls outside.
     """
     x, _ = task.examples("train", limit)
-    mean = torch.stack([ancestry(part.to(machine.device), task).sum(0) for part in x.split(500)]).sum(0) / len(x)
+    sums = [ancestry(part.to(device), task).sum(0) for part in x.split(500)]
+    mean = torch.stack(sums).sum(0) / len(x)
     return mean * (len(mean) ** 0.5 / mean.norm())
 
 
 def sampling_weights(counts, temperature=2.0):
-    """Sec. 5.1: w_tau = p_tau^(1/T), normalised, with p_tau the share of task tau in all training images."""
+    """Sec. 5.1: w_tau = p_tau^(1/T), normalised; p_tau is task tau's share of all images."""
     p = torch.tensor(counts, dtype=torch.float64)
     w = (p / p.sum()) ** (1 / temperature)
     return w / w.sum()
 
 
 def multi_task_loss(losses, w=None):
-    """Eq. (7): 1 / (T M) sum_tau sum_a w_tau L. losses: T values, each Eq. (1)'s mean over the M architectures; w (T,).
+    """Eq. (7): 1 / (T M) sum_tau sum_a w_tau L. losses: T values, each Eq. (1)'s mean over the M
+    architectures; w (T,).
 
-    In training, tasks are drawn with probability w_tau (Sec. 5.1), so the losses of the drawn ones count equally.
+    In training, tasks are drawn with probability w_tau (Sec. 5.1), so the losses of the drawn ones
+    count equally.
     """
     losses = torch.stack(list(losses))
-    return (losses if w is None else w * losses).mean()                              # Eq. (7)
+    weighted = losses if w is None else w * losses
+    return weighted.mean()                                           # Eq. (7)
 
 
-def task_schedule(weights, steps, tasks_per_step, seed):
-    """Per step, a list of (task, how often it was drawn before): fixed by the seed, so that a run can resume anywhere."""
-    rng, visits = random.Random(f"{seed} tasks"), [0] * len(weights)
+def task_schedule(weights, steps, seed):
+    """Per step, (task, how often it came before): fixed by the seed, so that a run can resume
+    anywhere."""
+    rng = random.Random(f"{seed} tasks")
+    visits = [0] * len(weights)
     schedule = []
     for _ in range(steps):
-        drawn = rng.choices(range(len(weights)), weights.tolist(), k=tasks_per_step)
-        schedule.append([(task, visits[task] + drawn[:i].count(task)) for i, task in enumerate(drawn)])
-        for task in drawn:
-            visits[task] += 1
+        (task,) = rng.choices(range(len(weights)), weights.tolist())
+        schedule.append((task, visits[task]))
+        visits[task] += 1
     return schedule
 
 
-def train_hypernet(run, stage, args, machine, hypernet, ancestry, tasks, embeddings, epochs):
-    """The training loop of both stages. One task: Eq. (1). Many: Eq. (7), w_tau being the probability to draw the task.
+def train_hypernet(run, stage, args, hypernet, ancestry, tasks, embeddings, objective, epochs):
+    """The training loop of both stages. One task: Eq. (1). Many: Eq. (7), w_tau being the
+    probability to draw the task.
 
-    Step k draws its tasks, architectures and images from (seed, k) alone.
+    Step k draws its task, architectures and images from (seed, k) alone. ancestry: the teacher, or
+    None; tasks: a list; embeddings: {name: I}.
     """
+    machine = run.machine
     archs = architectures(args.archs, input_shape(args))
     counts = [len(task.labels["train"]) for task in tasks]
-    steps = math.ceil(epochs * sum(counts) / (args.batch_size * args.tasks_per_step))
-    schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, args.tasks_per_step, args.seed)
-    # a run does not go on under another teacher
-    teacher = ancestry and round(sum(float(p.double().abs().sum()) for p in ancestry.parameters()), 3)
-    job = Training(run, stage, hypernet, hypernet.groups(args.lr, args.lr_basis, args.weight_decay), steps,
-                   warmup=round(args.warmup * steps), clip=args.clip, identity={**identity(stage, args), "teacher": teacher},
-                   extra={"embeddings": embeddings}, batch_size=args.batch_size * args.tasks_per_step,
-                   save_every=args.save_every, log_every=args.log_every)
+    steps = math.ceil(epochs * sum(counts) / args.batch_size)
+    schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, args.seed)
+    job = start_training(
+        run, args, stage, hypernet,
+        hypernet.optimizer_groups(args.lr, args.lr_basis, args.weight_decay), steps,
+        identity=hypernet_identity(args, stage, ancestry, tasks),
+        extra={
+            "hypernet": asdict(hypernet.config), "embeddings": embeddings,
+            "classes": {task.name: task.num_classes for task in tasks}})
     for step in job.steps():
-        rng = random.Random(f"{args.seed} {stage} {step} {machine.rank if args.arch_per_process else 0}")
+        rng = random.Random(f"{args.seed} {stage} {step} 0")
         configs = rng.sample(archs, args.meta_batch)
-        rows = []
-        for task, visit in schedule[step]:
-            task = tasks[task]
-            x, y = task.batch("train", visit, args.batch_size, args.seed, args.augment and args.recipe, machine.rank, machine.world)
-            I = embeddings[task.name] if embeddings else None
-            rows.append([tal_step(hypernet, ancestry, config, task, x, y, I, args, machine) for config in configs])
-        loss, cls, aux = (multi_task_loss(meta_batch_loss(values[i] for values in row) for row in rows) for i in range(3))
-        job.update(loss, loss_cls=cls, loss_aux=aux)
+        drawn, visit = schedule[step]
+        task = tasks[drawn]
+        x, y = task.batch(
+            "train", visit, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
+        I = embeddings.get(task.name)
+        losses, losses_cls, losses_aux = [], [], []
+        for config in configs:
+            loss, cls, aux = tal_step(
+                hypernet, ancestry, config, task, x, y, I, objective, machine)
+            losses.append(loss)
+            losses_cls.append(cls)
+            losses_aux.append(aux)
+        task_loss = meta_batch_loss(losses)                          # Eq. (1)
+        loss = multi_task_loss([task_loss])                          # Eq. (7): one task per step
+        logged = {
+            "loss_cls": meta_batch_loss(losses_cls),
+            "loss_aux": meta_batch_loss(losses_aux),
+            f"loss {task.name}": loss,
+        }
+        if is_tenth(step, steps):
+            config = asked_architecture(args)
+            logged |= val_accuracies(hypernet, config, tasks, embeddings, machine.device)
+        job.update(loss, **logged)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def is_tenth(step, steps):
+    """Whether another tenth of all steps ends with this one."""
+    return (step + 1) * 10 // steps > step * 10 // steps
+
+
+@torch.no_grad()
+def val_accuracies(hypernet, config, tasks, embeddings, device, limit=500):
+    """{"val TASK": percent, a tensor} of an untrained network, for the curve in the log."""
+    net = skeleton(config)
+    _, graph = encoded(config, device)
+    values = {}
+    for task in tasks:
+        weights = hypernet.predict(graph, embeddings.get(task.name), task.num_classes)
+        forward = functools.partial(functional_call, net, weights)
+        percent = accuracy(forward, task, "val", device, limit)
+        values[f"val {task.name}"] = torch.tensor(percent, device=device)
+    return values
+
+
+# --------------------------------------------------------------------------------------------------
 # 4. Customize models across different tasks
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def customize(hypernet, config, I, num_classes):
-    """A network of any size for a task, ready to use or to train on: its parameters are predicted, none is random.
+    """A network of any size for a task, ready to use or to train on: its parameters are predicted,
+    none is random.
 
-    config: ViTConfig or GPT2Config, whose num_classes is ignored; I: task embedding (t,) or None. More classes than --max-classes end
-    the program (exit code 2).
+    config: ViTConfig or GPT2Config, whose num_classes is ignored; I: task embedding (t,) or None.
     """
-    net = network(dataclasses.replace(config, num_classes=num_classes)).to(next(hypernet.parameters()).device)
-    net.load_state_dict(hypernet.predict(encoded(config, next(hypernet.parameters()).device)[1], I, num_classes))
+    device = next(hypernet.parameters()).device
+    _, graph = encoded(config, device)
+    net = network(replace(config, num_classes=num_classes)).to(device)
+    net.load_state_dict(hypernet.predict(graph, I, num_classes))
     return net
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+class TAL:
+    """A trained TAL at use.
+
+    hypernet: made ready, in place, for sizes that it was not trained on (D19)
+    ancestry: or None, where nothing asks for it (LoGAH, GHN-3)
+    embeddings: {name of a tuned task: I (t,)};  classes: {name of a trained task: their number}
+    trained: Settings that it was trained with
+    """
+    def __init__(self, hypernet, ancestry, embeddings, classes, trained):
+        self.hypernet = hypernet.requires_grad_(False)
+        self.ancestry = ancestry
+        self.embeddings = embeddings
+        self.classes = classes
+        self.trained = trained
+        self.device = next(hypernet.parameters()).device
+        if isinstance(hypernet.decoder, LowRankDecoder):
+            hypernet.decoder.quiet_untrained_rows(self.trained_roles())
+
+    def trained_roles(self):
+        """The roles of all parameters of all architectures that it was trained on."""
+        archs = architectures(self.trained.archs, input_shape(self.trained))
+        for config in {replace(config, depth=1) for config in archs}:
+            _, graph = encoded(config, self.device)
+            for batch in graph.batches(self.hypernet.config.classes):
+                yield batch.role
+
+    def __call__(self, net, task=None):
+        """Fills a module that torch.fx can trace with predicted parameters, and returns it.
+
+        task: see `embedding`. A head of more classes than the hypernetwork decodes keeps its own
+        parameters; that is printed.
+        """
+        graph = encode_graph(net).to(self.device)
+        most = self.hypernet.config.classes
+        fits = graph.num_classes <= most
+        with torch.no_grad():
+            I = self.embedding(task)
+            weights = self.hypernet.predict(graph, I, heads=fits)
+            for name, p in net.named_parameters():
+                if name in weights:
+                    p.copy_(weights[name])
+        if not fits:
+            print(f"this TAL predicts heads of at most {most} classes; that of {graph.num_classes} "
+                  "is kept as it is")
+        return net
+
+    def customize(self, config, images=None):
+        """A ViT or GPT-2 of a configuration, with predicted parameters.
+
+        images: a task, as in `embedding`. Its classes are counted; without it, config.num_classes.
+        """
+        task = self.find_task(images)
+        count = config.num_classes
+        if isinstance(task, data.Task):
+            count = task.num_classes
+        elif task is not None:
+            count = self.classes[task]
+        config = replace(config, num_classes=count)
+        return self(network(config).to(self.device), task)
+
+    def embedding(self, task):
+        """I (t,) of a task, or None where it plays no part.
+
+        task: the name of a tuned task, a data.Task, anything that data.load finds (a folder of
+        images, a drawn or real dataset), or None.
+        """
+        if not self.embeddings:                              # LoGAH, GHN-3, or not tuned yet
+            return None
+        task = self.find_task(task)
+        if task is None:
+            return None
+        name = getattr(task, "name", task)
+        if name in self.embeddings:
+            return self.embeddings[name]
+        return task_embedding(self.ancestry, task, self.device)
+
+    def find_task(self, task):
+        """The name of a task it was trained on, else a data.Task; None for None."""
+        if task is None or isinstance(task, data.Task) or task in self.classes:
+            return task
+        name, trained = str(task), self.trained
+        if trained.modality == "text":
+            return data.load_texts([name], trained.data_dir, trained.context, trained.tokens)[name]
+        return data.load(name, trained.data_dir, trained.image_size)
+
+
+def load(path, device="cpu", ancestry=None):
+    """A trained TAL from a run's directory (tune.pt if it is finished, else pretrain.pt), or from
+    such a file. Nothing in it is executed.
+
+    ancestry: file of the ancestry, if it is no longer where it was.
+    """
+    path, saved = finished_hypernet(Path(path))
+    trained = Settings(saved["config"])
+    hypernet = Hypernet(HypernetConfig(**saved["extra"]["hypernet"]))
+    common.load_weights(hypernet, saved["model"], path)
+    embeddings = {name: I.to(device) for name, I in saved["extra"]["embeddings"].items()}
+    teacher = None
+    if embeddings:
+        own = path.parent / "ancestry.pt"
+        file = ancestry or trained.ancestry or own
+        teacher = read_ancestry(file, input_shape(trained)).to(device)
+    return TAL(
+        hypernet.to(device), teacher, embeddings, saved["extra"]["classes"], trained)
+
+
+def finished_hypernet(path):
+    """(path, content) of the checkpoint that a TAL is loaded from."""
+    files = [path]
+    if path.is_dir():
+        files = [path / "tune.pt", path / "pretrain.pt"]
+    for file in files:
+        saved = finished(file)
+        if saved and saved["stage"] in ("pretrain", "tune"):
+            return file, saved
+    raise InputError(f"there is no finished TAL in {path}; make one by --stage tune --output DIR")
+
+
+def finished(path, **expected):
+    """The checkpoint of a finished stage as a dict, or None; see common.load_checkpoint."""
+    if not path.exists():
+        return None
+    saved = load_checkpoint(path, **expected)
+    return saved if saved["step"] == saved["steps"] else None
+
+
+# ==================================================================================================
+# HERE THE METHOD ENDS. What follows makes a program of it: settings, the ancestry of the drawn data,
+# stages, tables and figures.
+# ==================================================================================================
+
+# --------------------------------------------------------------------------------------------------
 # 5.1 Experimental setup: every setting, with its source
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 STAGES = ["ancestry", "pretrain", "tune", "evaluate", "train", "customize", "plot"]
-PREDICTED = ["tal", "tal+", "logah", "ghn3"]
+TAL_METHODS = ["tal", "tal+"]
+PREDICTED = [*TAL_METHODS, "logah", "ghn3"]
 METHODS = [*PREDICTED, "random", "selection", "finetune"]
-PRESETS = ["drawn", "paper"]
-CODE = "paper silent; authors' code"
+SIZES = {**VIT_SIZES, **GPT2_SIZES}
 REAL_TASKS = [f"decathlon/{domain}" for domain in data.DOMAINS if domain != "imagenet12"]
+CODE = "paper silent; authors' code"
 
 
-def two_sizes(text):
-    if len(text.split(",")) != 2:
-        raise argparse.ArgumentTypeError("two sizes, as in 128,256")
-    return [positive(n) for n in text.split(",")]
+def named_size(text):
+    if text not in SIZES and not re.fullmatch(r"\d+x\d+", text):
+        raise ArgumentTypeError(f"{text} is none of {', '.join(SIZES)}, nor WIDTHxHEADS as 48x6")
+    return text
+
+
+def three_sizes(text):
+    if not re.fullmatch(r"\d+x\d+x\d+", text):
+        raise ArgumentTypeError(f"{text} is not WIDTHxDEPTHxHEADS, as 64x4x8")
+    return text
 
 
 def image_count(text):
     return text if text == "tune" else positive(text)
 
 
-FLAGS = [   # name, type, (drawn, paper), help and source
-    ("--modality", ["image", "text"], "image", "ViTs for images, or GPT-2s for text (Table 6); some defaults differ, -h shows those of the modality"),
-    ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
-    ("--method", METHODS, "tal", "tal+: wider architectures, soft labels; logah, ghn3: baselines; only for train: random, and from the "
-     "ancestry selection (evenly spaced weights, Xu et al. 2024) and finetune (all but the head, in its own size)"),
-    ("--data", str, "", "tasks, comma-separated: drawn ones, real datasets, folders of images; evaluate reports, train trains, customize "
-     "serves them"),
-    ("--data-dir", str, "data", "where real datasets lie, and drawn data is cached"),
-    ("--output", str, "runs/tal", "directory of the run; for customize, the file to write: .pt, .pth or .safetensors"),
-    ("--format", ["timm", "torchvision", "transformers"], "timm", "whose ViT (for text: transformers, its GPT-2) loads the file that customize writes"),
-    ("--seed", whole, 0, "seed of the run; the data have their own, fixed"),
-    ("--device", str, "auto", "cpu, cuda, cuda:1 ..."),
-    ("--threads", whole, (1, 0), "CPU threads, 0 for all; the drawn networks are too small to gain from a second one"),
-    ("--amp", ["auto", "none", "bf16", "fp16"], "auto", "mixed precision of the networks (Sec. 5.1); auto: bf16 on a GPU, none on a CPU"),
-    ("--batch-size", positive, (64, 512), f"images per step, over all processes; {CODE}: 512"),
-    ("--epochs", amount, 0.0, "epochs of the stage asked for; 0 takes the next four flags; customize: epochs to train on before writing"),
-    ("--ancestry-epochs", amount, (5.0, 0.0), "epochs over the ancestry's tasks; the paper takes a pretrained ViT-Base"),
-    ("--pretrain-epochs", amount, (4.0, 75.0), "Sec. 5.1"),
-    ("--tune-epochs", amount, (6.0, 100.0), "Sec. 5.1"),
-    ("--train-epochs", amount, (5.0, 100.0), "Tables 3 and 5"),
-    ("--train-images", image_count, "", "images per task for train, instead of epochs; tune: as many as tuning shows of the task"),
-    ("--base-task", str, (data.BASE, "imagenet"), "task to pretrain on (Sec. 5.1)"),
-    ("--tune-tasks", str, (",".join(data.DECATHLON), ",".join(REAL_TASKS)), "tasks to tune on (Sec. 5.1); a single one is TAL-st of Table 7"),
-    ("--lr", amount, (3e-4, 3e-4), "peak learning rate, cosine (Sec. 5.1)"),
-    ("--lr-basis", amount, (3e-3, 3e-4), "the same for decoder bases and graph embeddings; paper: one rate"),
-    ("--weight-decay", amount, 1e-2, "AdamW (Sec. 5.1)"),
-    ("--warmup", share, (0.03, 0.05), f"share of the steps that warm up; {CODE}: 5 of 75 epochs"),
-    ("--clip", amount, (1.0, 5.0), f"gradient norm; {CODE}: 5"),
-    ("--predparam", amount, 3e-5, "gamma, weight of the norms of predicted parameters (Sec. 5.1)"),
-    ("--alpha", share, (0.5, 0.2), f"weight of L_aux, Eq. (6); {CODE}: 0.2"),
-    ("--temperature", amount, 1.0, "softmax temperature of Eq. (4); paper: none, authors' code: 3"),
-    ("--task-temperature", amount, 2.0, "T of the task sampling (Sec. 5.1)"),
-    ("--meta-batch", positive, 1, f"architectures per step, m of Eq. (1); {CODE}: 1"),
-    ("--tasks-per-step", positive, 1, f"tasks per step while tuning; {CODE}: 1"),
-    ("--arch-per-process", bool, False, "under torchrun, every process draws its own architectures"),
-    ("--archs", ["ViTs-1K", "ViTs+-1K", "drawn", "drawn+", "GPTs-1K", "drawn-GPTs"], ("drawn", "ViTs-1K"), "architecture dataset; tal+ takes the + one (Sec. 4)"),
-    ("--no-task-info", bool, False, "ablation TAL (w/o T.I.), Table 8"),
-    ("--no-ancestry", bool, False, "ablation TAL (w/o ans-net), Table 8: no Eq. (4); the task embeddings stay"),
-    ("--tune-alpha", share, (0.5, 0.0), "alpha while tuning; Eq. (7): \"typically the cross-entropy\", authors' code: 0"),
-    ("--hid", positive, (64, 128), f"width of the learngene; {CODE}: 128"),
-    ("--layers", positive, (3, 5), f"its layers; {CODE}: 5"),
-    ("--hyper-heads", positive, (8, 16), f"its attention heads; {CODE}: 16"),
-    ("--max-distance", positive, (12, 50), f"longest path that its attention tells apart; {CODE}: 50"),
-    ("--rank", positive, (64, 90), f"r of the low-rank decoder; {CODE}: 90"),
-    ("--mlp", two_sizes, ([128, 256], [512, 1024]), f"hidden sizes of the decoder's MLP; {CODE}: 4 and 8 times 128"),
-    ("--max-channels", positive, (256, 2048), f"channels with basis rows of their own; {CODE}: 2048"),
-    ("--max-kernel", positive, (8, 16), f"kernel positions, likewise; {CODE}: 16"),
-    ("--max-classes", positive, (128, 2048), "rows of the class head; Omniglot has 1623"),
-    ("--normalise", ["fan-in", "rms"], ("rms", "fan-in"), f"scale of predicted matrices; {CODE}: fan-in"),
-    ("--context", positive, (64, 1024), "tokens of a text at most; GPT-2: 1,024"),
-    ("--tokens", str, "", "folder with GPT-2's vocab.json and merges.txt; without it tokens are bytes"),
-    ("--image-size", positive, (32, 224), "pixels"),
-    ("--patch", positive, (8, 16), "pixels"),
-    ("--pool", ["token", "avg"], ("avg", "token"), "class token (ViT), or mean of the patches"),
-    ("--augment", yes_no, True, "yes or no: training images are varied at random"),
-    ("--recipe", ["shift", "decathlon"], ("shift", "decathlon"), f"how they are varied; {CODE}: crops, flips, colours, noise"),
-    ("--ancestry", str, "", "checkpoint of this code, or pretrained ViT of timm, DeiT, torchvision or Hugging Face (default: ancestry.pt in "
-     "--output, made when missing)"),
-    ("--source", ["tune", "pretrain"], "tune", "hypernetwork that train predicts from; LoGAH in Table 5: pretrain"),
-    ("--tal-dir", str, "runs/tal", "run directory whose TAL customize uses"),
-    ("--ancestry-width", positive, (64, 768), "t of Eq. (2), d' of Eq. (4); paper: ViT-Base"),
-    ("--ancestry-depth", positive, (4, 12), "paper: ViT-Base"),
-    ("--ancestry-heads", positive, (8, 12), "paper: ViT-Base"),
-    ("--ancestry-lr", amount, (2e-3, 1e-3), "peak learning rate of the drawn ancestry"),
-    ("--size", [*VIT_SIZES, *GPT2_SIZES], ("drawn-small", "small"), "named width and heads, for train and customize"),
-    ("--depth", positive, (3, 12), "layers, for train and customize"),
-    ("--width", whole, 0, "overrides --size"),
-    ("--heads", whole, 0, "overrides --size"),
-    ("--split", ["val", "test"], "test", "split that evaluate and train report; settings were chosen on val"),
-    ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of further training"),
-    ("--fresh-head", bool, False, "train: replace the predicted head by a random one (always for tasks that --source was not trained on)"),
-    ("--workers", positive, 2, "threads that draw, processes that read folders"),
-    ("--save-every", positive, (250, 300), f"steps between checkpoints, a multiple of --log-every; {CODE}: 300"),
-    ("--log-every", positive, 50, "steps between log lines"),
-]
+# {heading: rows}; a row is (name, type, default or (drawn, paper), help and source). The shared ones
+# are common.SHARED; what the headings mean for a checkpoint is said there, too.
+FLAGS = {
+    "run": [
+        ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
+        ("--format", ["timm", "torchvision", "transformers"], "timm",
+         "whose ViT (transformers: GPT-2, for text) loads the file that customize writes"),
+        ("--ancestry", str, "", "checkpoint of this code, or a published ViT or GPT-2 (default: "
+         "ancestry.pt in --output, made when missing)"),
+        ("--tokens", str, "", "folder with GPT-2's vocab.json and merges.txt; else tokens are bytes"),
+    ],
+    "data": [
+        ("--modality", ["image", "text"], "image",
+         "ViTs for images, or GPT-2s for text (Table 6), where other defaults differ, too"),
+        ("--context", positive, (64, 1024), "tokens of a text at most; GPT-2: 1,024"),
+        ("--recipe", ["none", "shift", "decathlon"], ("shift", "decathlon"),
+         f"how training images are varied; {CODE}: crops, flips, colours, noise"),
+    ],
+    "training": [
+        ("--lr", amount, 3e-4, "peak learning rate, cosine (Sec. 5.1)"),
+        ("--lr-basis", amount, (3e-3, 3e-4),
+         "the same for decoder bases and graph embeddings; paper: one rate"),
+        ("--task-temperature", amount, 2.0, "T of the task sampling (Sec. 5.1)"),
+    ],
+    "method": [
+        ("--method", METHODS, "tal",
+         "tal+: wider architectures, soft labels; logah, ghn3: baselines; only for train: random, "
+         "and from the ancestry selection (evenly spaced weights, Xu et al. 2024) and finetune (all "
+         "but the head, in its own size)"),
+        ("--hypernet", list(HYPERNETS), ("drawn", "paper"), f"its sizes; {CODE}"),
+        ("--without", ["nothing", "task-info", "ancestry"], "nothing",
+         "ablations of Table 8: w/o T.I.; w/o ans-net (no Eq. (4), the task embeddings stay)"),
+        ("--archs", ARCHITECTURE_DATASETS, ("drawn", "ViTs-1K"),
+         "architecture dataset; tal+ takes the + one (Sec. 4)"),
+        ("--base-task", str, (data.BASE, "imagenet"), "task to pretrain on (Sec. 5.1)"),
+        ("--meta-batch", positive, 1, f"architectures per step, m of Eq. (1); {CODE}: 1"),
+        # D13: not given in the paper; 0.5 was chosen on val
+        ("--alpha", share, (0.5, 0.2), f"weight of L_aux, Eq. (6); {CODE}: 0.2"),
+        ("--temperature", amount, 1.0, "of the softmax of Eq. (4); paper: none, authors' code: 3"),
+    ],
+    "tuning": [
+        ("--tune-tasks", str, (",".join(data.DECATHLON), ",".join(REAL_TASKS)),
+         "tasks to tune on (Sec. 5.1); a single one is TAL-st of Table 7"),
+        # D17: the drawn preset keeps Eq. (6), because its ancestry knows the tasks
+        ("--tune-alpha", share, (0.5, 0.0),
+         "alpha while tuning; Eq. (7): \"typically the cross-entropy\", authors' code: 0"),
+    ],
+    "ancestry": [
+        ("--ancestry-size", three_sizes, ("64x4x8", "768x12x12"),
+         "WIDTHxDEPTHxHEADS of one that is trained here; paper: ViT-Base"),
+        ("--ancestry-lr", amount, (2e-3, 1e-3), "peak learning rate"),
+    ],
+    "customize": [
+        ("--size", named_size, ("drawn-small", "small"),
+         "of the network for train and customize: a name, or WIDTHxHEADS"),
+        ("--depth", positive, (3, 12), "its layers"),
+        ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of further training"),
+        ("--source", ["tune", "pretrain"], "tune",
+         "hypernetwork that train predicts from; LoGAH in Table 5: pretrain"),
+    ],
+    "budget": [
+        ("--ancestry-epochs", amount, (5.0, 0.0), "the paper takes a pretrained ViT-Base"),
+        ("--pretrain-epochs", amount, (4.0, 75.0), "Sec. 5.1"),
+        ("--tune-epochs", amount, (6.0, 100.0), "Sec. 5.1"),
+        ("--train-epochs", amount, (5.0, 100.0), "Tables 3 and 5; customize: 0"),
+        ("--train-images", image_count, "",
+         "images per task for train, instead of epochs; tune: as many as tuning shows of the task"),
+    ],
+}
 
-TEXT = {    # the defaults that differ under --modality text, (drawn, paper)
+DEFAULTS = {
+    "--output": "runs/tal",
+    "--weight-decay": 1e-2,                                  # Sec. 5.1
+    "--warmup": (0.03, 0.05),                                # authors' code: 5 of 75 epochs
+    "--clip": (1.0, 5.0),                                    # authors' code: 5
+}
+
+TEXT_DEFAULTS = {
     "--stage": "tune",
     "--format": "transformers",
     "--output": "runs/tal-text",
-    "--tal-dir": "runs/tal-text",
-    "--batch-size": (64, 32),                   # paper silent
+    "--batch-size": (64, 32),                                # paper silent
     "--ancestry-epochs": (8.0, 0.0),
-    "--pretrain-epochs": (0.0, 0.0),            # Sec. 5.2 tells of one training
-    "--tune-epochs": (6.0, 100.0),              # Sec. 5.2; LoGAH there: 250, drawn 15
-    "--tune-alpha": (0.9, 0.0),                 # chosen on val; paper: the ancestry gives task information
+    "--pretrain-epochs": (0.0, 0.0),                         # D22: Sec. 5.2 tells of one training
+    "--tune-epochs": (6.0, 100.0),                           # Sec. 5.2; LoGAH there: 250, drawn 15
+    "--tune-alpha": (0.9, 0.0),                              # D21: chosen on val
     "--base-task": "",
     "--tune-tasks": (",".join(data.GRAMMAR), "mrpc,cola,rte,imdb"),
     "--archs": ("drawn-GPTs", "GPTs-1K"),
@@ -878,483 +1509,796 @@ TEXT = {    # the defaults that differ under --modality text, (drawn, paper)
 }
 
 
-def identity(stage, args):
-    """What a checkpoint of the hypernetwork must agree on to be resumed: all that its training depends on."""
-    keys = ["method", "seed", "task_info", "alpha", "batch_size", "lr", "lr_basis", "weight_decay", "warmup", "clip", "predparam",
-            "temperature", "meta_batch", "arch_per_process", "archs", "base_task", "recipe", "hid", "layers", "hyper_heads", "max_distance",
-            "rank", "mlp", "max_channels", "max_kernel", "max_classes", "normalise", "image_size", "patch", "pool", "augment", "ancestry_width", "amp"]
-    if stage == "tune":
-        keys += ["task_temperature", "tasks_per_step", "tune_tasks"]
-    if args.modality == "text":
-        keys += ["modality", "vocab", "context"]
-    return {k: getattr(args, k) for k in keys}
-
-
 def settings(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    text = "--modality=text" in argv or ["--modality", "text"] in [argv[i:i + 2] for i in range(len(argv))]
-    rows = [(name, kind, TEXT.get(name, values) if text else values, help) for name, kind, values, help in FLAGS]
-    args = parse_flags(__doc__.strip(), rows, PRESETS, argv)
-    args.vocab = data.Tokenizer(args.tokens or None).size if text else 0
-    if args.method == "tal+" and not args.archs.endswith(("+", "+-1K")):
-        args.archs = {"drawn": "drawn+", "ViTs-1K": "ViTs+-1K"}[args.archs]
-    args.task_info = args.method in ("tal", "tal+") and not args.no_task_info
-    if args.method not in ("tal", "tal+") or args.no_ancestry:
-        args.alpha = args.tune_alpha = 0.0
-    if text and (args.stage in ("pretrain", "plot") or args.method not in ("tal", "logah", "random") or args.source == "pretrain"):
-        fail("--modality text has the stages ancestry, tune, evaluate, train and customize, and the methods tal, logah and random")
-    if args.method not in PREDICTED and args.stage != "train":
-        fail(f"--method {args.method} is for --stage train; the other stages predict parameters")
-    if args.epochs:
-        if args.stage not in ("ancestry", "pretrain", "tune", "train", "customize") or args.train_images:
-            fail("--epochs is for the stages ancestry, pretrain, tune, customize, and train without --train-images; say --tune-epochs or the "
-                 "like")
-        setattr(args, f"{args.stage}_epochs", args.epochs)
-    if args.data and args.stage in ("ancestry", "pretrain"):
-        fail(f"--stage {args.stage} has tasks of its own; --data is for tune, evaluate, train and customize")
-    args.tasks = args.data.split(",") if args.data else []
-    if args.hid % math.lcm(4, args.hyper_heads):
-        fail(f"--hid {args.hid} must be a multiple of 4 (parts of the shape embedding) and of --hyper-heads {args.hyper_heads}")
-    if args.meta_batch > 1000:
-        fail("--meta-batch: a dataset holds 1000 architectures")
-    if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-        fail(f"--batch-size {args.batch_size} does not divide among {os.environ['WORLD_SIZE']} processes")
+    """The Settings of a command line (by default the process's own), checked."""
+    args = common.parse_flags(__doc__, FLAGS, DEFAULTS, argv)
+    defaults = dict(DEFAULTS)
+    if args.modality == "text":
+        defaults |= TEXT_DEFAULTS
+    if args.stage == "customize" or (args.modality, args.stage) == ("text", "customize"):
+        defaults["--train-epochs"] = 0.0
+    args = common.parse_flags(__doc__, FLAGS, defaults, argv)
+    check_settings(args)
+    if args.method not in TAL_METHODS or args.without == "ancestry":
+        args = args.replace(alpha=0.0, tune_alpha=0.0)
+    if args.method == "tal+":
+        wider = {"drawn": "drawn+", "ViTs-1K": "ViTs+-1K"}
+        args = args.replace(archs=wider.get(args.archs, args.archs))
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stages
-# ----------------------------------------------------------------------------------------------------------------------
+def check_settings(args):
+    """Whether the flags make sense together."""
+    is_text = args.modality == "text"
+    if is_text and args.stage in ("pretrain", "plot"):
+        raise InputError(f"--stage {args.stage} is for images; for text say tune, evaluate, train ...")
+    if is_text and (args.method not in ("tal", "logah", "random") or args.source == "pretrain"):
+        raise InputError("--modality text has the methods tal, logah and random, and --source tune")
+    if is_text != ("GPTs" in args.archs):
+        raise InputError(f"--archs {args.archs} is not for --modality {args.modality}")
+    if args.method not in PREDICTED and args.stage != "train":
+        raise InputError(f"--method {args.method} is for --stage train; the others predict parameters")
+    if args.data and args.stage in ("ancestry", "pretrain"):
+        raise InputError(f"--stage {args.stage} has tasks of its own; leave out --data")
+    if args.meta_batch > 1000:
+        raise InputError("--meta-batch: a dataset holds 1000 architectures; ask for at most as many")
+    if not args.task_temperature or not args.temperature:
+        raise InputError("--task-temperature and --temperature divide; say numbers above 0")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % processes:
+        raise InputError(f"--batch-size {args.batch_size} does not divide among {processes} "
+                         f"processes; say a multiple of {processes}")
+    configuration(input_shape(args), *width_and_heads(args.size)[:1], args.depth,
+                  width_and_heads(args.size)[1])             # raises what is wrong with the sizes
 
-def load_tasks(names, args, machine):
+
+def uses_task_info(args):
+    return args.method in TAL_METHODS and args.without != "task-info"
+
+
+def input_shape(args):
+    """What all networks of a run share: the shape of their input and how they pool."""
     if args.modality == "text":
-        with rank_zero_first(machine):
-            tasks = data.load_texts(list(names), args.data_dir, args.context, args.tokens)
-        return {name: task.to(machine.device) for name, task in tasks.items()}
-    memory = 0 if args.augment and args.recipe != "shift" else data.MEMORY          # recipes are work for processes of their own
-    with rank_zero_first(machine):
-        tasks = data.load_many(list(names), args.data_dir, args.image_size, workers=args.workers, memory=memory)
-    for name, task in tasks.items():
-        if task.segmentation:
-            fail(f"{name} has a class for every pixel, but these networks give one to an image; choose another task")
-    return {name: task.to(machine.device) for name, task in tasks.items()}
+        return {"vocab": vocabulary(args.tokens), "context": args.context, "num_classes": 2}
+    return {
+        "image_size": args.image_size, "patch_size": args.patch, "pooling": args.pooling}
 
 
-def train_ancestry(run, args, machine):
-    """The ancestry of the drawn data (D15): one encoder, a head per task, one task per step as while tuning.
-
-    For text it is a language model besides (D21): half of its loss is that of every next token.
-    """
-    text = args.modality == "text"
-    tasks = list(load_tasks(data.GRAMMAR if text else [data.BASE, *data.DECATHLON], args, machine).values())
-    counts, classes = [len(t.labels["train"]) for t in tasks], {t.name: t.num_classes for t in tasks}
-    config = configuration(input_shape(args), width=args.ancestry_width, depth=args.ancestry_depth, heads=args.ancestry_heads)
-    config = dataclasses.replace(config, num_classes=0) if text else config
-    torch.manual_seed(args.seed)
-    ancestry = Ancestry(config, classes).to(machine.device)
-    steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
-    schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, 1, args.seed)
-    keys = ("seed", "batch_size", "ancestry_lr", "image_size", "patch", "pool", "ancestry_width", "ancestry_depth", "ancestry_heads",
-            "weight_decay", "warmup", "clip", "augment", "task_temperature", "amp") + ("vocab", "context") * text
-    job = Training(run, "ancestry", ancestry, parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
-                   warmup=round(args.warmup * steps), clip=args.clip, identity={k: getattr(args, k) for k in keys},
-                   extra={"config": dataclasses.asdict(config), "classes": classes}, batch_size=args.batch_size,
-                   save_every=args.save_every, log_every=args.log_every)
-    for step in job.steps():
-        ((task, visit),) = schedule[step]
-        x, y = tasks[task].batch("train", visit, args.batch_size, args.seed, args.augment and args.recipe, machine.rank, machine.world)
-        with machine.autocast():
-            if text:
-                tokens = ancestry.encoder.tokens(x)                                  # (B, T, d')
-                E, following = ancestry.encoder.last(tokens, x), ancestry.encoder.language(tokens)
-            else:
-                E = ancestry(x)
-            logits = ancestry.heads[tasks[task].name](E)
-        loss = cls = loss_cls(y, logits.float())
-        if text:
-            loss = (cls + language_loss(x, following.float())) / 2
-        job.update(loss, loss_cls=cls)
-    scores = {t.name: accuracy(lambda x: ancestry.heads[t.name](ancestry(x)), t, "val", machine.device) for t in tasks}
-    run.print("ancestry, accuracy on val: " + ", ".join(f"{n} {a:.1f}" for n, a in scores.items()))
-    return ancestry
-
-
-def language_loss(ids, logits):
-    """Mean cross-entropy of every next token; ids (B, T) padded at the right, logits (B, T, vocab). Of the padding, which is the
-    token that ends a text, the first counts."""
-    wanted = ids[:, 1:]
-    padding = logits.shape[-1] - 1
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.masked_fill(ids[:, :-1] == padding, -100).flatten())
-
-
-def pretrained_ancestry(path, args, run):
-    """A ViT of any of the sources that load_pretrained knows; its width becomes --ancestry-width. Its head gives TAL+ soft labels
-    for the task imagenet, as published heads of 1,000 classes are in the order of ImageNet's folders."""
-    if args.modality == "text":
-        net = load_gpt2(path, say=run.print)[0]
-        if (net.config.vocab, net.config.context >= args.context) != (args.vocab, True):
-            fail(f"{path} knows {net.config.vocab} tokens and texts of {net.config.context}, the data has {args.vocab} and {args.context}; say "
-                 "--tokens FOLDER with its vocab.json and merges.txt, or a smaller --context")
-        args.ancestry_width, ancestry = net.config.width, Ancestry(net.config, {})
-        ancestry.encoder.load_state_dict(net.state_dict())
-        return ancestry
-    net, report = load_pretrained(path, image_size=args.image_size, say=run.print)
-    args.ancestry_width = net.config.width
-    classes = {"imagenet": net.config.num_classes} if report["head"] == "kept" else {}
-    ancestry = Ancestry(net.config, classes, report["mean"], report["std"])
-    ancestry.encoder.load_state_dict({n: p for n, p in net.state_dict().items() if not n.startswith("head.")})
-    for head in ancestry.heads.values():
-        head.load_state_dict(net.head.state_dict())
-    return ancestry
-
-
-def get_ancestry(args, run, machine):
-    """The ancestry model, frozen: --ancestry, else the run's own, trained first where there is none or half of one."""
-    path = Path(args.ancestry) if args.ancestry else run["ancestry"]
-    if args.ancestry and not read_weights(path)[1]["own"]:
-        return pretrained_ancestry(path, args, run).to(machine.device).eval().requires_grad_(False)
-    saved = load_checkpoint(path, stage="ancestry") if args.ancestry or path.exists() else {"step": 0, "steps": 1}
-    if saved["step"] < saved["steps"] or args.stage == "ancestry":
-        if not args.ancestry_epochs or args.ancestry:
-            fail("needs a finished ancestry model: give one by --ancestry FILE, or train one by --ancestry-epochs and no --ancestry")
-        ancestry = train_ancestry(run, args, machine)
-    else:
-        text, config = args.modality == "text", saved["extra"]["config"]
-        if text != ("vocab" in config):
-            fail(f"the ancestry in {path} was not trained on {args.modality}; give another --ancestry")
-        config = (GPT2Config if text else ViTConfig)(**config)
-        if text and (config.vocab, config.context, config.width) != (args.vocab, args.context, args.ancestry_width):
-            fail(f"the ancestry in {path} has {config.vocab} tokens, context {config.context} and width {config.width}; this run has "
-                 f"{args.vocab}, --context {args.context} and --ancestry-width {args.ancestry_width}; say the same")
-        size = config.image_size if not text and args.stage != "customize" else args.image_size    # which may ask for another
-        if not text and (config.width, size) != (args.ancestry_width, args.image_size):
-            fail(f"the ancestry in {path} has width {config.width} for {config.image_size} px; say --ancestry-width {config.width} "
-                 f"--image-size {config.image_size}, or give another --ancestry")
-        ancestry = Ancestry(config, saved["extra"]["classes"]).to(machine.device)
-        load_weights(ancestry, saved["model"], path)
-    return ancestry.eval().requires_grad_(False)
-
-
-def get_hypernet(stage, args, run, machine, to_tune=False):
-    """(hypernetwork, ancestry, {task: embedding}) after "pretrain" or "tune", made first as far as that is still to do.
-
-    Later stages take a finished checkpoint as it is, of any length, sizes and architectures; tuning goes on from a
-    finished pretraining of any length, but of the same settings.
-    """
-    if (to_tune or args.stage not in ("pretrain", "tune")) and run[stage].exists():
-        text = args.modality == "text"
-        expected = dict(method=args.method, task_info=args.task_info, modality="text" if text else None)
-        if text or args.stage in ("evaluate", "plot"):
-            expected |= {key: getattr(args, key) for key in (("vocab", "context") if text else ("image_size", "patch", "pool"))}
-        saved = load_checkpoint(run[stage], stage=stage, **(identity(stage, args) if to_tune else expected))
-        if saved["step"] == saved["steps"]:
-            hypernet = build_hypernet(argparse.Namespace(**saved["config"])).to(machine.device)
-            load_weights(hypernet, saved["model"], run[stage])
-            args.archs, args.ancestry_width = saved["config"]["archs"], saved["config"]["ancestry_width"]
-            args.trained = input_shape(argparse.Namespace(**saved["config"]))
-            if not args.ancestry and not run["ancestry"].exists():
-                args.ancestry = saved["config"]["ancestry"]
-            embeddings = {n: I.to(machine.device) for n, I in saved["extra"]["embeddings"].items()}
-            return hypernet, get_ancestry(args, run, machine) if args.task_info else None, embeddings
-    ancestry = get_ancestry(args, run, machine) if args.alpha or args.tune_alpha or args.task_info else None
-    if stage == "pretrain":
-        torch.manual_seed(args.seed)
-        hypernet, alpha, epochs, embeddings = build_hypernet(args).to(machine.device), args.alpha, args.pretrain_epochs, {}
-        tasks = load_tasks([args.base_task], args, machine)
-    else:
-        if args.pretrain_epochs:
-            hypernet = get_hypernet("pretrain", args, run, machine, to_tune=True)[0]
-        else:                               # for text, Sec. 5.2 tells of one training only, on the tasks
-            torch.manual_seed(args.seed)
-            hypernet = build_hypernet(args).to(machine.device)
-        tasks, alpha, epochs = load_tasks(args.tune_tasks.split(","), args, machine), args.tune_alpha, args.tune_epochs
-        embeddings = {n: task_embedding(ancestry, t, machine) for n, t in tasks.items()} if args.task_info else {}
-    teacher = ancestry if alpha or args.method == "tal+" and not args.no_ancestry else None
-    args = argparse.Namespace(**{**vars(args), "alpha": alpha})
-    train_hypernet(run, stage, args, machine, hypernet, teacher, list(tasks.values()), embeddings, epochs)
-    return hypernet, ancestry, embeddings
-
-
-def finished_hypernet(stage, args, run, machine):
-    """get_hypernet's three, the hypernetwork made ready, in place, for sizes that it was not trained on (D19)."""
-    hypernet, ancestry, embeddings = get_hypernet(stage, args, run, machine)
-    if isinstance(hypernet.decoder, LowRankDecoder):
-        shapes = {dataclasses.replace(c, depth=1) for c in architectures(args.archs, getattr(args, "trained", None) or input_shape(args))}
-        hypernet.decoder.quiet_untrained_rows(group for config in shapes for group in
-                                              encoded(config, machine.device)[1].groups(hypernet.decoder.classes))
-    return hypernet, ancestry, embeddings
-
-
-def embedding(task, args, ancestry, embeddings, machine):
-    """I_tau of a task: the one it was tuned with, a new one for an unseen task, None without task information."""
-    if not args.task_info or not embeddings:
-        return None
-    return embeddings[task.name] if task.name in embeddings else task_embedding(ancestry, task, machine)
-
-
-def sizes(args, depths=(3, 6, 12)):
-    """{name: configuration} of the evaluated sizes, or the drawn counterparts. Tables 1 and 2: {3, 6, 12}-Tiny, -Small, -Base; Table
-    6: {3, 6, 9, 12}-GPT2."""
-    drawn = "drawn-" if args.preset == "drawn" else ""
-    if args.modality == "text":
-        return {f"{depth}-GPT2": sized(args, drawn + "gpt2", depth) for depth in (3, 6, 9, 12)}
-    return {f"{depth}-{size.title()}": sized(args, drawn + size, depth) for size in ("tiny", "small", "base") for depth in depths}
-
-
-def sized(args, size, depth):
-    width, heads = {**VIT_SIZES, **GPT2_SIZES}[size]
-    return configuration(input_shape(args), depth=depth, width=width, heads=heads)
+@functools.cache
+def vocabulary(folder):
+    """The number of tokens of a folder with GPT-2's two files, or of bytes."""
+    return data.Tokenizer(folder).size
 
 
 def asked_architecture(args):
-    asked = {name: value for name, value in (("width", args.width), ("heads", args.heads)) if value}
-    return dataclasses.replace(sized(args, args.size, args.depth), **asked)
+    """The configuration that --size and --depth ask for."""
+    return sized(args, args.size, args.depth)
+
+
+def sized(args, size, depth):
+    width, heads = width_and_heads(size)
+    return configuration(input_shape(args), width, depth, heads)
+
+
+def width_and_heads(size):
+    if size in SIZES:
+        return SIZES[size]
+    width, heads = size.split("x")
+    return int(width), int(heads)
+
+
+def build_hypernet(args, ancestry_width=0):
+    """The hypernetwork of a method. LoGAH and GHN-3 are TAL without task information and without
+    ancestry; GHN-3 also has its own decoder (D18)."""
+    shape = input_shape(args)
+    config = replace(
+        HYPERNETS[args.hypernet],
+        decoder="tiled" if args.method == "ghn3" else "low-rank",
+        task_dim=ancestry_width if uses_task_info(args) else 0,
+        tokens=shape.get("vocab", 0))
+    return Hypernet(config)
+
+
+def hypernet_identity(args, stage, teacher, tasks):
+    """What a checkpoint of the hypernetwork must agree on to be resumed."""
+    headings = ["data", "network", "training", "method"]
+    if stage == "tune":
+        headings.append("tuning")
+    values = identity(args, *headings)
+    values["teacher"] = fingerprint(teacher) if teacher else None
+    values["content"] = {task.name: task.fingerprint for task in tasks}
+    return values
+
+
+def fingerprint(module):
+    """A digest of a module's weights, 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# The ancestry
+# --------------------------------------------------------------------------------------------------
+
+def train_ancestry(run, args):
+    """The ancestry of the drawn data (D15): one encoder, a head per task, one task per step as
+    while tuning. For text it is a language model besides (D21)."""
+    machine = run.machine
+    names = data.GRAMMAR if args.modality == "text" else [data.BASE, *data.DECATHLON]
+    tasks = list(data.load_tasks(names, args, machine).values())
+    config = ancestry_config(args)
+    classes = {task.name: task.num_classes for task in tasks}
+    torch.manual_seed(args.seed)
+    ancestry = Ancestry(config, classes).to(machine.device)
+    counts = [len(task.labels["train"]) for task in tasks]
+    steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
+    schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, args.seed)
+    job = start_training(
+        run, args, "ancestry", ancestry,
+        parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
+        identity=identity(args, "data", "network", "training", "ancestry"),
+        extra={"config": asdict(config), "classes": classes})
+    for step in job.steps():
+        drawn, visit = schedule[step]
+        task = tasks[drawn]
+        x, y = task.batch(
+            "train", visit, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
+        with machine.autocast():
+            logits, following = ancestry_outputs(ancestry, task, task.normalise(x))
+        loss = cls = loss_cls(y, logits.float())
+        if following is not None:                            # D21: half the next token, half classes
+            loss = (cls + language_loss(x, following.float())) / 2
+        job.update(loss, loss_cls=cls)
+    report_ancestry(run, ancestry, tasks)
+    return ancestry
+
+
+def ancestry_config(args):
+    width, depth, heads = map(int, args.ancestry_size.split("x"))
+    config = configuration(input_shape(args), width, depth, heads)
+    if args.modality == "text":
+        config = replace(config, num_classes=0)
+    return config
+
+
+def ancestry_outputs(ancestry, task, x):
+    """Logits (B, C) of a task; for text also those of every next token (B, T, vocab), else None."""
+    following = None
+    if x.ndim == 2:
+        tokens = ancestry.encoder.tokens(x)                  # (B, T, d')
+        E = ancestry.encoder.last(tokens, x)
+        following = ancestry.encoder.language(tokens)
+    else:
+        E = ancestry.encode(x)
+    return ancestry.heads[task.name](E), following
+
+
+def language_loss(ids, logits):
+    """Mean cross-entropy of every next token; ids (B, T) padded at the right, logits (B, T, vocab).
+
+    Of the padding, which is the token that ends a text, the first counts.
+    """
+    padding = logits.shape[-1] - 1
+    is_behind = ids[:, :-1] == padding
+    wanted = ids[:, 1:].masked_fill(is_behind, -100)         # -100: no loss
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())
+
+
+def report_ancestry(run, ancestry, tasks):
+    scores = []
+    for task in tasks:
+        head = ancestry.heads[task.name]
+        percent = accuracy(
+            lambda x: head(ancestry.encode(x)), task, "val", run.machine.device)
+        scores.append(f"{task.name} {percent:.1f}")
+    run.print(f"ancestry, accuracy on val: {', '.join(scores)}")
+
+
+def obtain_ancestry(run, args):
+    """The ancestry, frozen: --ancestry, else the run's own, trained first where there is none."""
+    path = run["ancestry"]
+    if args.ancestry:
+        ancestry = read_ancestry(args.ancestry, input_shape(args), run.print)
+    elif args.stage != "ancestry" and finished(path, ancestry_size=args.ancestry_size):
+        ancestry = read_ancestry(path, input_shape(args), run.print)
+    elif args.ancestry_epochs:
+        ancestry = train_ancestry(run, args)
+    else:
+        raise InputError("there is no ancestry; give one by --ancestry FILE, or say "
+                         "--ancestry-epochs to train one")
+    return ancestry.to(run.machine.device).eval().requires_grad_(False)
+
+
+def read_ancestry(path, shape, say=print):
+    """The ancestry in a checkpoint of this code, or a published network. shape: see input_shape."""
+    is_text = "vocab" in shape
+    if not common.read_weights(path)[1]["own"]:
+        read = published_gpt2 if is_text else published_vit
+        return read(path, shape, say)
+    saved = load_checkpoint(path, stage="ancestry")
+    if saved["step"] < saved["steps"]:
+        raise InputError(f"the ancestry in {path} is not finished; go on with its own command")
+    config = saved["extra"]["config"]
+    if is_text != ("vocab" in config):
+        wanted = "text" if is_text else "images"
+        raise InputError(f"the ancestry in {path} was not trained on {wanted}; give another")
+    config = GPT2Config(**config) if is_text else ViTConfig(**config)
+    if is_text:
+        check_tokens(path, config, shape)
+    ancestry = Ancestry(config, saved["extra"]["classes"])
+    common.load_weights(ancestry, saved["model"], path)
+    return ancestry
+
+
+def published_vit(path, shape, say):
+    """A ViT of any source that load_pretrained knows.
+
+    Its head gives TAL+ soft labels for the task imagenet, as published heads of 1,000 classes are
+    in the order of ImageNet's folders.
+    """
+    net, report = common.load_pretrained(path, image_size=shape["image_size"], say=say)
+    classes = {"imagenet": net.config.num_classes} if report["head"] == "kept" else {}
+    ancestry = Ancestry(net.config, classes, report["mean"], report["std"])
+    net_head, net.head = net.head, nn.Identity()
+    ancestry.encoder.load_state_dict(net.state_dict())
+    for head in ancestry.heads.values():
+        head.load_state_dict(net_head.state_dict())
+    return ancestry
+
+
+def published_gpt2(path, shape, say):
+    net, _ = common.load_gpt2(path, say=say)
+    check_tokens(path, net.config, shape)
+    ancestry = Ancestry(net.config, {})
+    ancestry.encoder.load_state_dict(net.state_dict())
+    return ancestry
+
+
+def check_tokens(path, config, shape):
+    if config.vocab != shape["vocab"]:
+        raise InputError(f"{path} knows {config.vocab} tokens, the data has {shape['vocab']}; say "
+                         "--tokens FOLDER with its vocab.json and merges.txt")
+    if config.context < shape["context"]:
+        raise InputError(f"{path} reads texts of {config.context} tokens, not {shape['context']}; "
+                         "say a smaller --context")
+
+
+# --------------------------------------------------------------------------------------------------
+# The TAL of a run
+# --------------------------------------------------------------------------------------------------
+
+def obtain(run, args, stage):
+    """The TAL of a run after "pretrain" or "tune".
+
+    Later stages take a finished one as it is, of any length, sizes and architectures; else it is
+    made now, as far as that is still to do.
+    """
+    if args.stage not in ("pretrain", "tune") and finished(run[stage]):
+        model = load(run[stage], run.machine.device, args.ancestry)
+        check_trained(model.trained, args)
+        tell_trained(run, model.trained)
+        return model
+    ancestry = None
+    if args.alpha or args.tune_alpha or uses_task_info(args):
+        ancestry = obtain_ancestry(run, args)
+    make = pretrain if stage == "pretrain" else tune
+    hypernet, tasks, embeddings = make(run, args, ancestry)
+    classes = {task.name: task.num_classes for task in tasks}
+    return TAL(hypernet, ancestry, embeddings, classes, args)
+
+
+def pretrain(run, args, ancestry):
+    """Trains on the base task -> hypernetwork, tasks, embeddings (none yet)."""
+    tasks = list(data.load_tasks([args.base_task], args, run.machine).values())
+    hypernet = fresh_hypernet(run, args, ancestry)
+    train_hypernet(
+        run, "pretrain", args, hypernet, teacher(args, ancestry, args.alpha), tasks, {},
+        objective(args, args.alpha), args.pretrain_epochs)
+    return hypernet, tasks, {}
+
+
+def tune(run, args, ancestry):
+    """Goes on from the pretraining on many tasks -> hypernetwork, tasks, embeddings."""
+    hypernet = hypernet_to_tune(run, args, ancestry)
+    tasks = list(data.load_tasks(args.tune_tasks.split(","), args, run.machine).values())
+    embeddings = {}
+    if uses_task_info(args):
+        for task in tasks:
+            embeddings[task.name] = task_embedding(ancestry, task, run.machine.device)
+    # D14: all of the hypernetwork goes on learning
+    train_hypernet(
+        run, "tune", args, hypernet, teacher(args, ancestry, args.tune_alpha), tasks, embeddings,
+        objective(args, args.tune_alpha), args.tune_epochs)
+    return hypernet, tasks, embeddings
+
+
+def hypernet_to_tune(run, args, ancestry):
+    """That of a finished pretraining of any length, but of the same settings; else made now."""
+    if not args.pretrain_epochs:                             # D22
+        return fresh_hypernet(run, args, ancestry)
+    tasks = data.load_tasks([args.base_task], args, run.machine).values()
+    same = hypernet_identity(args, "pretrain", teacher(args, ancestry, args.alpha), tasks)
+    saved = finished(run["pretrain"], stage="pretrain", **same)
+    if not saved:
+        return pretrain(run, args, ancestry)[0]
+    hypernet = fresh_hypernet(run, args, ancestry)
+    common.load_weights(hypernet, saved["model"], run["pretrain"])
+    return hypernet
+
+
+def fresh_hypernet(run, args, ancestry):
+    torch.manual_seed(args.seed)
+    width = ancestry.width if ancestry else 0
+    return build_hypernet(args, width).to(run.machine.device)
+
+
+def teacher(args, ancestry, alpha):
+    """The ancestry where the loss asks for it, else None."""
+    soft = args.method == "tal+" and args.without != "ancestry"
+    return ancestry if alpha or soft else None
+
+
+def objective(args, alpha):
+    return Objective(alpha, args.temperature, soft=args.method == "tal+")
+
+
+def check_trained(trained, args):
+    """Whether a finished TAL is what the flags ask for."""
+    names = ["modality", "method", "without"]
+    if args.modality == "text":
+        names += ["context", "tokens"]
+    elif args.stage in ("evaluate", "plot"):
+        names += ["image_size", "patch", "pooling"]
+    for name in names:
+        old, new = getattr(trained, name), getattr(args, name)
+        if old != new:
+            flag = name.replace("_", "-")
+            raise InputError(f"the TAL in {args.output} was trained with --{flag} {old}, not {new}; "
+                             f"say --{flag} {old}, or choose another --output")
+
+
+def tell_trained(run, trained):
+    """Says what a finished TAL was trained with, where that is not its preset's."""
+    usual = settings([
+        "--preset", trained.preset, "--modality", trained.modality, "--method", trained.method])
+    changed = []
+    for heading in ("data", "network", "training", "method", "tuning", "budget"):
+        for name, value in identity(usual, heading).items():
+            old = getattr(trained, name)
+            if old != value and not name.startswith("train_"):
+                changed.append(f"--{name.replace('_', '-')} {old}")
+    if changed:
+        run.print(f"this TAL was trained with {' '.join(changed)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Untrained networks: Tables 1, 2 and 6
+# --------------------------------------------------------------------------------------------------
+
+def table_sizes(args, depths=(3, 6, 12)):
+    """{name: configuration} of the evaluated sizes, or of their drawn counterparts.
+
+    Tables 1 and 2: {3, 6, 12}-Tiny, -Small, -Base; Table 6: {3, 6, 9, 12}-GPT2.
+    """
+    drawn = "drawn-" if args.preset == "drawn" else ""
+    sizes = {}
+    if args.modality == "text":
+        for depth in (3, 6, 9, 12):
+            sizes[f"{depth}-GPT2"] = sized(args, f"{drawn}gpt2", depth)
+        return sizes
+    for size in ("tiny", "small", "base"):
+        for depth in depths:
+            sizes[f"{depth}-{size.title()}"] = sized(args, f"{drawn}{size}", depth)
+    return sizes
 
 
 def f1(predicted, y):
     """F1 of class 1 in percent; 0 where it is never predicted rightly."""
     right = int(((predicted == 1) & (y == 1)).sum())
-    return 200 * right / max(1, int((predicted == 1).sum()) + int((y == 1).sum()))
+    both = int((predicted == 1).sum()) + int((y == 1).sum())
+    return 200 * right / max(1, both)
 
 
 def matthews(predicted, y):
-    """Matthews correlation of two classes in percent, from -100 to 100; 0 for a constant prediction."""
-    p, t = predicted.double(), y.double()
-    covariance, variances = ((p - p.mean()) * (t - t.mean())).mean(), p.var(correction=0) * t.var(correction=0)
-    return float(100 * covariance / variances.sqrt()) if variances > 0 else 0.0
+    """Matthews correlation of two classes in percent, from -100 to 100; 0 for a constant one."""
+    p = predicted.double()
+    t = y.double()
+    covariance = ((p - p.mean()) * (t - t.mean())).mean()
+    variances = p.var(correction=0) * t.var(correction=0)
+    if variances == 0:
+        return 0.0
+    return float(100 * covariance / variances.sqrt())
 
 
 def scores(task, predicted, y):
-    """{column of the table: percent}: accuracy; with F1 for paraphrases, Matthews correlation for acceptability (Table 6)."""
+    """{column of the table: percent}: accuracy; with F1 for paraphrases, Matthews correlation for
+    acceptability (Table 6)."""
     metric = getattr(task, "metric", "accuracy")
     if metric == "Matthews":
         return {task.name: matthews(predicted, y)}
-    right = {task.name: 100 * int((predicted == y).sum()) / len(y)}
-    return right | ({f"{task.name} F1": f1(predicted, y)} if metric == "accuracy/F1" else {})
+    columns = {task.name: 100 * int((predicted == y).sum()) / len(y)}
+    if metric == "accuracy/F1":
+        columns[f"{task.name} F1"] = f1(predicted, y)
+    return columns
 
 
-def evaluate(run, args, machine, hypernet, ancestry, embeddings, tasks):
-    """Accuracy of untrained networks with predicted parameters (Tables 1 and 2), printed and kept in a JSON file."""
-    trained = {(c.width, c.depth) for c in architectures(args.archs, input_shape(args))}
-    I = {n: embedding(t, args, ancestry, embeddings, machine) for n, t in tasks.items()}
+def untrained_table(model, tasks, configs, split):
+    """{network: {task: percent}} of networks with predicted parameters. A * marks widths at depths
+    that were never trained on."""
+    archs = architectures(model.trained.archs, input_shape(model.trained))
+    trained = {(config.width, config.depth) for config in archs}
+    embeddings = {task.name: model.embedding(task) for task in tasks}
     table = {}
-    for name, config in sizes(args).items():
-        name += "" if (config.width, config.depth) in trained else "*"
-        table[name] = {}
-        for n, t in tasks.items():
-            net = customize(hypernet, config, I[n], t.num_classes)
-            table[name] |= scores(t, *predictions(net, t, args.split, machine.device))
-    if args.modality == "text":             # what a network that always says the most frequent class gets
-        table["majority"] = {}
-        for t in tasks.values():
-            y = t.labels[args.split]
-            table["majority"] |= scores(t, torch.full_like(y, int(t.labels["train"].bincount().argmax())), y)
+    for name, config in configs.items():
+        mark = "" if (config.width, config.depth) in trained else "*"
+        row = {}
+        for task in tasks:
+            net = customize(model.hypernet, config, embeddings[task.name], task.num_classes)
+            row |= scores(task, *predictions(net, task, split, model.device))
+        table[name + mark] = row
+    return table
+
+
+def majority_row(tasks, split):
+    """What a network gets that always says the most frequent class."""
+    row = {}
+    for task in tasks:
+        y = task.labels[split]
+        most_frequent = int(task.labels["train"].bincount().argmax())
+        row |= scores(task, torch.full_like(y, most_frequent), y)
+    return row
+
+
+def evaluate(run, args, model, names):
+    """Accuracy of untrained networks (Tables 1, 2, 6), printed and kept in a JSON file."""
+    tasks = list(data.load_tasks(names, args, run.machine).values())
+    table = untrained_table(model, tasks, table_sizes(args), args.split)
+    if args.modality == "text":
+        table["majority"] = majority_row(tasks, args.split)
     for row in table.values():
-        row["average"] = sum(row[n] for n in tasks) / len(tasks)
-    run.print(f"untrained accuracy in percent, {args.split} split, method {args.method}, seed {args.seed} (* a size never trained on)")
-    wide = 16 if args.modality == "text" else 10
-    run.print(" " * 10 + "".join(f"{c[:wide - 1]:>{wide}}" for c in row))
+        row["average"] = sum(row[task.name] for task in tasks) / len(tasks)
+    run.print(f"untrained accuracy in percent, {args.split} split, method {args.method}, seed "
+              f"{args.seed} (* a size never trained on)")
+    print_table(run, table)
+    path = run.dir / f"untrained-{args.stage}-{args.split}.json"
+    save_json(run, path, table)
+
+
+def print_table(run, table):
+    columns = list(next(iter(table.values())))
+    width = max(10, max(map(len, columns)) + 1)
+    run.print(" " * 10 + "".join(f"{column:>{width}}" for column in columns))
     for name, row in table.items():
-        run.print(f"{name:10}" + "".join(f"{a:{wide}.2f}" for a in row.values()))
-    if machine.rank == 0:
-        write_atomically(run.dir / f"untrained-{args.stage}-{args.split}.json", lambda p: p.write_text(json.dumps(table, indent=1)))
+        run.print(f"{name:10}" + "".join(f"{row[column]:{width}.2f}" for column in columns))
+
+
+def save_json(run, path, content):
+    if run.machine.rank == 0:
+        common.write_text(path, json.dumps(content, indent=1))
+
+
+# --------------------------------------------------------------------------------------------------
+# Further training: Tables 1, 3 and 5
+# --------------------------------------------------------------------------------------------------
+
+def train(run, args):
+    """Trains networks on: from predicted parameters (Table 5's tasks are unseen), from random ones,
+    or from the ancestry's."""
+    config = asked_architecture(args)
+    source = None
+    if args.method in PREDICTED:
+        source = obtain(run, args, args.source)
+    elif args.method != "random":
+        source = obtain_ancestry(run, args)
+    names = task_names(args) or data.DECATHLON
+    for task in data.load_tasks(names, args, run.machine).values():
+        net = initial_network(args, config, task, source, run.machine.device)
+        steps = training_steps(task, args, run.machine)
+        name = f"{config.depth}x{config.width}"
+        stage = f"train-{file_name(task.name)}-{name}-{steps}"
+        before = score(net, task, args.split, run.machine.device)
+        train_on(run, args, stage, net, task, steps, source)
+        after = score(net, task, args.split, run.machine.device)
+        images = args.train_images or steps * args.batch_size
+        run.print(f"{name} on {task.name}, {args.method}: {before:.2f} untrained, {after:.2f} after "
+                  f"{images} images ({args.split})")
+        run.result("train", {
+            "task": task.name, "network": name, "method": args.method, "seed": args.seed,
+            "images": images, "lr": args.train_lr, "split": args.split,
+        }, untrained=before, trained=after)
+
+
+def score(net, task, split, device):
+    return scores(task, *predictions(net, task, split, device))[task.name]
+
+
+def initial_network(args, config, task, source, device):
+    """A network for a task, from a TAL, from an ancestry, or of random parameters."""
+    torch.manual_seed(args.seed)
+    net = network(replace(config, num_classes=task.num_classes)).to(device)
+    if isinstance(source, TAL):
+        head = copy.deepcopy(net.head.state_dict())
+        source(net, task)
+        if task.name not in source.classes:                  # an unseen task's head starts at random
+            net.head.load_state_dict(head)
+    elif isinstance(source, Ancestry):
+        initialise_from_ancestry(net, source, task, args.method)
+    return net
+
+
+def initialise_from_ancestry(net, ancestry, task, method):
+    """What a user does who has the ancestry but no TAL, in place: fine-tunes it where the sizes
+    match, all but the head, or trains a selection of its weights where it is larger."""
+    own, large = net.config, ancestry.encoder.config
+    if method == "finetune" and replace(own, num_classes=large.num_classes) != large:
+        raise InputError(f"--method finetune takes the ancestry's own size: --size "
+                         f"{large.width}x{large.heads} --depth {large.depth}")
+    if own.depth > large.depth or own.width > large.width:
+        raise InputError(f"--method selection takes at most the ancestry's {large.depth} layers of "
+                         f"width {large.width}; say a smaller --size or --depth")
+    state = ancestry.encoder.state_dict()
+    if ancestry.mean is not None:
+        known = ancestry.mean.flatten().tolist(), ancestry.std.flatten().tolist()
+        state = common.renormalised(state, known, (task.mean, task.std))
+    if method == "finetune":
+        net.load_state_dict(state, strict=False)
+    else:
+        common.weight_selection(net, state)
 
 
 def training_steps(task, args, machine):
     """Steps of further training: from --train-epochs, or from --train-images."""
     images = args.train_epochs * len(task.labels["train"])
     if args.train_images == "tune":
-        counts = {n: len(t.labels["train"]) for n, t in load_tasks(args.tune_tasks.split(","), args, machine).items()}
-        shares = dict(zip(counts, sampling_weights(list(counts.values()), args.task_temperature).tolist()))
-        if task.name not in shares:
-            fail(f"--train-images tune: {task.name} is not among the tuned tasks; give a number")
-        images = args.tune_epochs * sum(counts.values()) * shares[task.name]
+        images = images_while_tuning(task, args, machine)
     elif args.train_images:
         images = args.train_images
     return math.ceil(images / args.batch_size)
 
 
-def train_on(run, args, machine, stage, net, task, steps, config, **same):
-    """Trains a network on a task, in place. A run goes on where its checkpoint stands, if that agrees on `same` and all settings."""
-    keys = ("method", "seed", "batch_size", "train_lr", "source", "fresh_head", "task_info", "no_ancestry", "weight_decay", "warmup",
-            "clip", "augment", "recipe", "amp")
-    job = Training(run, stage, net, parameter_groups(net, args.train_lr, args.weight_decay), steps, warmup=round(args.warmup * steps),
-                   clip=args.clip, identity={**{k: getattr(args, k) for k in keys}, **dataclasses.asdict(config), **same},
-                   batch_size=args.batch_size, save_every=args.save_every, log_every=args.log_every)
+def images_while_tuning(task, args, machine):
+    """How many images of a task tuning shows, on average over its draws."""
+    names = args.tune_tasks.split(",")
+    if task.name not in names:
+        raise InputError(f"--train-images tune: {task.name} is not among the tuned tasks; give a "
+                         "number")
+    tasks = data.load_tasks(names, args, machine)
+    counts = [len(tasks[name].labels["train"]) for name in names]
+    shares = sampling_weights(counts, args.task_temperature).tolist()
+    return args.tune_epochs * sum(counts) * shares[names.index(task.name)]
+
+
+def train_on(run, args, stage, net, task, steps, source):
+    """Trains a network on a task, in place. source: what it started from, or None."""
+    machine = run.machine
+    same = identity(args, "data", "network", "training", "customize")
+    same["method"] = args.method
+    same["start"] = fingerprint(source.hypernet if isinstance(source, TAL) else source) \
+        if source else None
+    job = start_training(
+        run, args, stage, net, parameter_groups(net, args.train_lr, args.weight_decay), steps,
+        identity=same)
     for step in job.steps():
-        x, y = task.batch("train", step, args.batch_size, args.seed, args.augment and args.recipe, machine.rank, machine.world)
+        x, y = task.batch(
+            "train", step, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
         with machine.autocast():
-            logits = net(x)
+            logits = net(task.normalise(x))
         job.update(loss_cls(y, logits.float()))
 
 
-def inherit(net, ancestry, task, method):
-    """What a user does who has the ancestry but no TAL, in place: fine-tunes it where sizes match, all but the head, or trains
-    a selection of its weights where it is larger (Xu et al. 2024)."""
-    own, large = net.config, ancestry.encoder.config
-    if method == "finetune" and dataclasses.replace(own, num_classes=large.num_classes) != large:
-        fail(f"--method finetune takes the ancestry's own size: --width {large.width} --heads {large.heads} --depth {large.depth}")
-    if own.depth > large.depth or own.width > large.width:
-        fail(f"--method selection takes at most the ancestry's {large.depth} layers of width {large.width}")
-    state = ancestry.encoder.state_dict()
-    if ancestry.mean is not None:
-        state = renormalised(state, (ancestry.mean.flatten().tolist(), ancestry.std.flatten().tolist()), (task.mean, task.std))
-    if method == "finetune":
-        net.load_state_dict(state, strict=False)
-    else:
-        weight_selection(net, state)
+# --------------------------------------------------------------------------------------------------
+# Stage customize: a network to take away
+# --------------------------------------------------------------------------------------------------
 
-
-def train(run, args, machine):
-    """Further training from predicted parameters (Tables 1, 3 and 5; Table 5's tasks are unseen), from random ones, or from the
-    ancestry's."""
+def customize_stage(run, args):
+    """Writes an initialised network of any size for a task or a folder of images, and its card."""
+    is_text = args.modality == "text"
+    check_customize(args)
     config = asked_architecture(args)
-    name = f"{config.depth}x{config.width}"
-    predicted = args.method in PREDICTED
-    with_head = args.tune_tasks.split(",") if args.source == "tune" else [args.base_task]     # a head is predicted for these
-    if predicted:
-        hypernet, ancestry, embeddings = finished_hypernet(args.source, args, run, machine)
-    elif args.method != "random":
-        ancestry = get_ancestry(args, run, machine)
-    for task in load_tasks(args.tasks or data.DECATHLON, args, machine).values():
-        torch.manual_seed(args.seed)
-        net = network(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
-        if predicted:
-            head = {n: p for n, p in net.state_dict().items() if n.startswith(("head.", "score."))}
-            net = customize(hypernet, config, embedding(task, args, ancestry, embeddings, machine), task.num_classes)
-            if args.fresh_head or task.name not in with_head:
-                net.load_state_dict(head, strict=False)
-        elif args.method != "random":
-            inherit(net, ancestry, task, args.method)
-        score = lambda: scores(task, *predictions(net, task, args.split, machine.device))[task.name]
-        before = score()
-        steps = training_steps(task, args, machine)
-        train_on(run, args, machine, f"train-{task.name.strip('/').replace('/', '_')}-{name}-{steps}", net, task, steps, config)
-        after = score()
-        images = args.train_images or steps * args.batch_size
-        run.print(f"{name} on {task.name}, {args.method}: {before:.2f} untrained, {after:.2f} after {images} images ({args.split})")
-        run.log("train", task=task.name, network=name, method=args.method, seed=args.seed, images=images, lr=args.train_lr,
-                split=args.split, untrained=before, trained=after)
+    (task,) = data.load_tasks(task_names(args), args, run.machine).values()
+    if not run["tune"].exists():
+        make_small(run, args)
+    model = obtain(run, args, "tune")
+    torch.manual_seed(args.seed)
+    net = model.customize(config, task)
+    count = sum(p.numel() for p in net.parameters())
+    about = card(run, args, task)
+    about["untrained"] = accuracy(net, task, "val", model.device)
+    run.print(f"{args.depth} layers, width {config.width}, {count:,} parameters, {task.num_classes} "
+              f"classes: {about['untrained']:.2f} % untrained on val, chance {about['chance']:.2f} %")
+    if args.train_epochs:
+        steps = math.ceil(args.train_epochs * len(task.labels["train"]) / args.batch_size)
+        stage = f"customize-{file_name(task.name)}-{config.depth}x{config.width}"
+        train_on(run, args, stage, net, task, steps, model)
+        about["trained"] = accuracy(net, task, "val", model.device)
+        run.print(f"{about['trained']:.2f} % on val after {args.train_epochs:g} epochs")
+    if run.machine.rank == 0:
+        if is_text:
+            common.export_gpt2(net, args.export, about)
+        else:
+            common.export_weights(net.state_dict(), net.config, args.export, args.format, about)
+    run.print(f"wrote {args.export} for {args.format}, and beside it what it is")
+
+
+def check_customize(args):
+    is_text = args.modality == "text"
+    if not args.export:
+        raise InputError("--stage customize writes a file; say --export FILE")
+    if is_text != (args.format == "transformers"):
+        known = "transformers" if is_text else "timm or torchvision"
+        raise InputError(f"--modality {args.modality} writes for {known}; say so by --format")
+    common.check_export(args.export, args.format, args.pooling)
+    if len(task_names(args)) != 1:
+        raise InputError("--stage customize takes one task: --data NAME, or --data FOLDER with one "
+                         "sub-folder of images per class")
+
+
+def card(run, args, task):
+    """What is said of an exported network besides its architecture."""
+    about = {
+        "task": task.name,
+        "method": args.method,
+        "hypernet": hashlib.sha256(run["tune"].read_bytes()).hexdigest(),
+        "seed": args.seed,
+        "class_names": task.class_names,
+        "chance": 100 / task.num_classes,
+        "epochs": args.train_epochs,
+    }
+    if args.modality == "image":
+        about["mean"] = task.mean
+        about["std"] = task.std
+    return about
+
+
+def make_small(run, args):
+    """Makes the TAL that customize needs where there is none, at a size that a CPU can train."""
+    is_text = args.modality == "text"
+    if is_text and args.preset != "drawn":
+        raise InputError(f"there is no tuned TAL in {args.output}; make one by --modality text "
+                         f"--preset paper --stage tune --output {args.output}")
+    small = small_settings(args)
+    what = "text" if is_text else f"images of {small.image_size} px"
+    count = len(small.tune_tasks.split(","))
+    other = "real text wants" if is_text else "photographs want"
+    run.print(f"there is no tuned TAL in {args.output}, so one is made there now, once, for drawn "
+              f"{what}: an ancestry, training on {count} tasks; some ten minutes on a CPU. Networks "
+              f"for {other} one tuned under --preset paper")
+    obtain(Run(args.output, vars(small), run.machine), small, "tune")
 
 
 def small_settings(args):
-    """Settings under which customize makes TAL where there is none: the drawn preset's, at a size that a CPU can train."""
-    small = vars(args) if args.preset == "drawn" else {**vars(settings(["--method", args.method])), **{k: getattr(args, k) for k in (
-        "stage", "data_dir", "device", "workers", "seed", "amp")}}
-    return argparse.Namespace(**{**small, **({"image_size": 32, "patch": 8} if small["image_size"] > 64 else {})})
+    """Those of the drawn preset, at images of at most 64 px."""
+    small = args
+    if args.preset != "drawn":
+        small = settings(["--method", args.method]).replace(**identity(args, "run"))
+        small = small.replace(seed=args.seed, amp=args.amp, format="timm")
+    if small.image_size > 64:
+        small = small.replace(image_size=32, patch=8)
+    return small
 
 
-def customize_stage(args, machine):
-    """Writes an initialised network of any size for a task or a folder of images, for timm, torchvision or transformers, and its card."""
-    path, text = Path(args.output), args.modality == "text"
-    if text != (args.format == "transformers"):
-        fail(f"--modality {args.modality} writes for {'transformers' if text else 'timm or torchvision'}; say --format accordingly")
-    check_export(path, args.format, args.pool)
-    if len(args.tasks) != 1:
-        fail("--stage customize takes one task: --data NAME, or --data FOLDER with one sub-folder of images per class")
-    config = asked_architecture(args)
-    run = Run(args.tal_dir, vars(args), machine)
-    (task,) = load_tasks(args.tasks, args, machine).values()
-    if not run["tune"].exists():
-        if text and args.preset != "drawn":
-            fail(f"there is no tuned TAL in {args.tal_dir}; make one by --modality text --preset paper --stage tune --output {args.tal_dir}")
-        small = small_settings(args)
-        run.print(f"there is no tuned TAL in {args.tal_dir}, so one is made there now, once, for drawn "
-                  f"{'text' if text else f'images of {small.image_size} px'}: an ancestry, training on {small.tune_tasks.count(',') + 1} tasks; "
-                  f"some ten minutes on a CPU. Networks for {'real text' if text else 'photographs'} want one tuned under --preset paper")
-        get_hypernet("tune", small, Run(args.tal_dir, vars(small), machine), machine)
-    hypernet, ancestry, embeddings = finished_hypernet("tune", args, run, machine)
-    known = min(task.num_classes, hypernet.decoder.classes)
-    net = customize(hypernet, config, embedding(task, args, ancestry, embeddings, machine), known)
-    if known < task.num_classes:
-        run.print(f"this TAL predicts heads of at most {known} classes; for {task.num_classes} the head starts at random")
-        torch.manual_seed(args.seed)
-        head = network(dataclasses.replace(config, num_classes=task.num_classes)).to(machine.device)
-        head.load_state_dict({n: p for n, p in net.state_dict().items() if not n.startswith(("head.", "score."))}, strict=False)
-        net = head
-    about = {"task": task.name, "method": args.method, "hypernet": hashlib.sha256(run["tune"].read_bytes()).hexdigest(), "seed": args.seed,
-             **({} if text else {"mean": task.mean, "std": task.std}), "class_names": task.class_names, "chance": 100 / task.num_classes,
-             "untrained": accuracy(net, task, "val", machine.device), "epochs": args.epochs}
-    run.print(f"{args.depth} layers, width {config.width}, {sum(p.numel() for p in net.parameters()):,} parameters, {task.num_classes} "
-              f"classes: {about['untrained']:.2f} % untrained on val, chance {about['chance']:.2f} %")
-    if args.epochs:
-        steps, folder = math.ceil(args.epochs * len(task.labels["train"]) / args.batch_size), path.with_suffix("")
-        train_on(Run(folder, vars(args), machine), args, machine, "customize", net, task, steps, net.config, of=task.name,
-                 hypernet=about["hypernet"])
-        about["trained"] = accuracy(net, task, "val", machine.device)
-        run.print(f"{about['trained']:.2f} % on val after {args.epochs:g} epochs; log and checkpoint are in {folder}")
-    if machine.rank == 0:
-        if text:
-            export_gpt2(net, path, about)
-        else:
-            export_weights(net.state_dict(), net.config, path, args.format, about)
-    run.print(f"wrote {path} for {args.format}, and what it is to {path.with_suffix('.json')}")
+# --------------------------------------------------------------------------------------------------
+# Fig. 3, and the course of the training
+# --------------------------------------------------------------------------------------------------
 
+def silhouette_score(points):
+    """Mean silhouette of clusters (K, n, d): (b - a) / max(a, b).
 
-def silhouette(points):
-    """Mean silhouette of clusters (K, n, d): (b - a) / max(a, b), a a point's mean distance to the others of its cluster, b the
-    least mean distance to another cluster. 1: far apart, 0: no clusters."""
+    a: a point's mean distance to the others of its cluster; b: the least mean distance to another
+    cluster. 1: far apart, 0: no clusters.
+    """
     K, n, _ = points.shape
-    flat, own = points.flatten(0, 1), torch.arange(K).repeat_interleave(n)
-    far = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").view(K * n, K, n).sum(-1)      # to each cluster
-    a = far[torch.arange(K * n), own] / (n - 1)
-    b = (far / n).scatter(1, own[:, None], math.inf).amin(1)
+    flat = points.flatten(0, 1)
+    own = torch.arange(K).repeat_interleave(n)
+    distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+    to_cluster = distance.view(K * n, K, n).sum(-1)
+    a = to_cluster[torch.arange(K * n), own] / (n - 1)
+    b = (to_cluster / n).scatter(1, own[:, None], math.inf).amin(1)
     return float(((b - a) / torch.maximum(a, b)).mean())
 
 
-def plot(run, args, machine):
-    """Fig. 3: the learngene's task-specific graphs f_tau^G, averaged over nodes, in their first two principal components."""
-    if not args.task_info:
-        fail(f"Fig. 3 shows task-specific graphs; {args.method} without task information has none")
-    hypernet, _, embeddings = finished_hypernet("tune", args, run, machine)
-    nets = sizes(args, depths=range(3, 13))
-    nets = {n: c for n, c in nets.items() if n.endswith("Small")}
-    with torch.no_grad():
-        points = torch.stack([hypernet.learngene(encoded(c, machine.device)[1], I).mean(0)
-                              for I in embeddings.values() for c in nets.values()])
-    points = (points - points.mean(0)).cpu()
-    xy = points @ torch.linalg.svd(points, full_matrices=False).Vh[:2].T                       # (tasks * nets, 2)
-    xy, full = (p.view(len(embeddings), len(nets), -1) for p in (xy, points))
+@torch.no_grad()
+def task_specific_graphs(model, configs):
+    """f_tau^G averaged over its nodes: (tasks, networks, width)."""
+    points = []
+    for I in model.embeddings.values():
+        for config in configs:
+            _, graph = encoded(config, model.device)
+            points.append(model.hypernet.learngene(graph, I).mean(0))
+    return torch.stack(points).view(len(model.embeddings), len(configs), -1).cpu()
+
+
+def plot(run, args):
+    """Fig. 3: the task-specific graphs in their first two principal components; and the accuracy of
+    an untrained network over the training."""
+    if not uses_task_info(args):
+        raise InputError(f"Fig. 3 shows task-specific graphs; {args.method} without task information "
+                         "has none")
+    model = obtain(run, args, "tune")
+    sizes = table_sizes(args, depths=range(3, 13))
+    sizes = {name: config for name, config in sizes.items() if name.endswith("Small")}
+    points = task_specific_graphs(model, list(sizes.values()))
+    points = points - points.mean((0, 1))
+    axes = torch.linalg.svd(points.flatten(0, 1), full_matrices=False).Vh[:2]
+    xy = points @ axes.T                                     # (tasks, networks, 2)
     within = (xy - xy.mean(1, keepdim=True)).pow(2).sum() / xy.pow(2).sum()
-    score = {"plane": silhouette(xy), "full": silhouette(full)}
-    run.print(f"Fig. 3: {100 * (1 - within):.1f} % of the variance in the plane lies between tasks; silhouette {score['plane']:.2f}, in all "
-              f"{points.shape[1]} dimensions {score['full']:.2f}")
-    if machine.rank:
-        return
-    figure = {"tasks": list(embeddings), "networks": list(nets), "xy": xy.tolist(), "between": float(1 - within), "silhouette": score}
-    write_atomically(run.dir / "figure3.json", lambda p: p.write_text(json.dumps(figure)))
+    score = {"plane": silhouette_score(xy), "full": silhouette_score(points)}
+    run.print(f"Fig. 3: {100 * (1 - within):.1f} % of the variance in the plane lies between tasks; "
+              f"silhouette {score['plane']:.2f}, in all {points.shape[-1]} dimensions "
+              f"{score['full']:.2f}")
+    tasks = list(model.embeddings)
+    save_json(run, run.dir / "figure3.json", {
+        "tasks": tasks, "networks": list(sizes), "xy": xy.tolist(),
+        "between": float(1 - within), "silhouette": score})
+    if run.machine.rank == 0:
+        depths = [config.depth for config in sizes.values()]
+        draw_plots(run, tasks, xy, depths)
+
+
+def draw_plots(run, tasks, xy, depths):
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        return run.print("wrote figure3.json; for the picture, pip install matplotlib")
-    for name, part in zip(embeddings, xy):
-        plt.scatter(part[:, 0], part[:, 1], s=[6 * c.depth for c in nets.values()], label=name, alpha=0.7)
-    plt.legend(fontsize=7), plt.title("Task-specific graphs; larger points are deeper networks")
+        run.print("wrote figure3.json; for the pictures, pip install matplotlib")
+        return
+    plt.figure()
+    for task, part in zip(tasks, xy):
+        plt.scatter(part[:, 0], part[:, 1], [6 * d for d in depths], label=task, alpha=0.7)
+    plt.legend(fontsize=7)
+    plt.title("Task-specific graphs; larger points are deeper networks")
     plt.savefig(run.dir / "figure3.png", dpi=150)
-    run.print(f"wrote {run.dir / 'figure3.png'}")
+    plt.figure()
+    for stage in ("pretrain", "tune"):
+        draw_curve(plt, run, stage)
+    plt.legend(fontsize=7)
+    plt.xlabel("tenths of the pretraining, then of the tuning")
+    plt.ylabel("accuracy of an untrained network, val")
+    plt.savefig(run.dir / "curve.png", dpi=150)
+    run.print(f"wrote figure3.json, figure3.png and curve.png to {run.dir}")
+
+
+def draw_curve(plt, run, stage):
+    """The lines of one stage, from what it logged as "val TASK" every tenth of its steps."""
+    curves = {}
+    for record in run.records():
+        for name, value in record.items():
+            if record["stage"] == stage and name.startswith("val "):
+                curves.setdefault(name.removeprefix("val "), []).append(value)
+    for task, values in curves.items():
+        first = 1 if stage == "pretrain" else 11
+        plt.plot(range(first, first + len(values)), values, label=task)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+def task_names(args):
+    return args.data.split(",") if args.data else []
 
 
 def main(argv=None):
     args = settings(argv)
-    machine = setup_machine(args.device, args.amp, args.seed, args.threads)
-    if args.stage == "customize":
-        return customize_stage(args, machine)
+    machine = common.setup_machine(args.device, args.amp, args.seed, args.threads)
     run = Run(args.output, vars(args), machine)
-    run.print(f"preset {args.preset}: " + ", ".join(f"{k} {v}" for k, v in vars(args).items() if k not in ("preset", "tasks")))
+    common.announce(run, args)
     if args.stage == "ancestry":
-        get_ancestry(args, run, machine)
+        obtain_ancestry(run, args)
     elif args.stage == "pretrain":
-        evaluate(run, args, machine, *finished_hypernet("pretrain", args, run, machine), load_tasks([args.base_task], args, machine))
+        evaluate(run, args, obtain(run, args, "pretrain"), [args.base_task])
     elif args.stage in ("tune", "evaluate"):
-        parts = finished_hypernet("tune", args, run, machine)
-        evaluate(run, args, machine, *parts, load_tasks(args.tasks or args.tune_tasks.split(","), args, machine))
+        names = task_names(args) or args.tune_tasks.split(",")
+        evaluate(run, args, obtain(run, args, "tune"), names)
     elif args.stage == "train":
-        train(run, args, machine)
-    elif args.stage == "plot":
-        plot(run, args, machine)
+        train(run, args)
+    elif args.stage == "customize":
+        customize_stage(run, args)
+    else:
+        plot(run, args)
 
 
 if __name__ == "__main__":
-    main()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    common.script(main)
