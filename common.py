@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -483,14 +484,11 @@ class Training:
             self.skipped += saved["skipped"]
             self.run.print(f"{self.stage}: resuming at step {self.step} of {self.total} from {path}")
 
-    def progress_bar(self):
-        return tqdm(
-            total=self.total * self.batch_size, initial=self.step * self.batch_size,
-            desc=self.stage, unit=f" {self.unit}", unit_scale=True, mininterval=1.0,
-            disable=self.run.machine.rank > 0 or self.step >= self.total)
-
     def steps(self):
-        with self.progress_bar() as bar:
+        examples = {"initial": self.step * self.batch_size, "total": self.total * self.batch_size}
+        hidden = self.run.machine.rank > 0 or self.step >= self.total
+        how = {"unit": f" {self.unit}", "unit_scale": True, "mininterval": 1.0, "disable": hidden}
+        with tqdm(desc=self.stage, **examples, **how) as bar:
             while self.step < self.total:
                 before = self.step
                 yield before
@@ -626,45 +624,38 @@ class Run:
     def own(self):
         """Before the first write: locks the directory, removes what a killed process left half-written."""
         if self.lock is None:
-            make_directory(self.dir)
+            with writing(self.dir):
+                self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = locked(self.dir)
             remove_leftovers(self.dir)
             self.write_log(self.records())
 
     def start(self, stage, step):
         """Called by a stage once all is in order: config.json, and a log that says nothing beyond `step`."""
-        if self.machine.rank == 0:
-            self.own()
-            config = {**self.config, "torch": str(torch.__version__)}
-            write_text(self.dir / "config.json", json.dumps(config, indent=1, default=str) + "\n")
-            self.rewind_log(stage, step)
+        if self.machine.rank > 0:
+            return
+        self.own()
+        config = {**self.config, "torch": str(torch.__version__)}
+        write_text(self.dir / "config.json", json.dumps(config, indent=1, default=str) + "\n")
+        kept = []
+        for record in self.records():
+            beyond = step == 0 or record.get("step", 0) > step      # of a killed run
+            if record["stage"] != stage or not beyond:
+                kept.append(record)
+        self.write_log(kept)
 
     def records(self):
         """The log's lines as dicts; one that a kill or a full disk tore is left out."""
         path = self.dir / "log.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         records = []
-        for line in lines:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
         return [r for r in records if isinstance(r, dict) and "stage" in r]
 
     def write_log(self, records):
-        """The whole log anew, unless it is just that."""
-        path = self.dir / "log.jsonl"
         text = "".join(json.dumps(record) + "\n" for record in records)
-        found = path.read_text(errors="replace") if path.exists() else ""
-        if text != found:
-            write_text(path, text)
-
-    def rewind_log(self, stage, step):
-        """Drops what a killed run logged of this stage beyond its last checkpoint."""
-        kept = []
-        for record in self.records():
-            beyond = step == 0 or record.get("step", 0) > step
-            if record["stage"] != stage or not beyond:
-                kept.append(record)
-        self.write_log(kept)
+        write_text(self.dir / "log.jsonl", text)
 
     def log(self, stage, **values):
         """One JSON line."""
@@ -676,18 +667,19 @@ class Run:
 
     def result(self, stage, key, **values):
         """The one line of a stage with these entries, {name: value}: that of an earlier start is replaced."""
-        if self.machine.rank == 0:
-            self.own()
-            record = json.loads(json.dumps({"stage": stage, **key, **values}))
-            same = {name: record[name] for name in ("stage", *key)}
-            records = self.records()
-            for place, old in enumerate(records):
-                if same.items() <= old.items():
-                    records[place] = record
-                    break
-            else:
-                records.append(record)
-            self.write_log(records)
+        if self.machine.rank > 0:
+            return
+        self.own()
+        record = json.loads(json.dumps({"stage": stage, **key, **values}))
+        same = {name: record[name] for name in ("stage", *key)}
+        records = self.records()
+        for place, old in enumerate(records):
+            if same.items() <= old.items():
+                records[place] = record
+                break
+        else:
+            records.append(record)
+        self.write_log(records)
 
     def values(self, stage, key):
         """What was logged of a stage under `key`, in order."""
@@ -708,11 +700,6 @@ def check_writable(folder):
         raise InputError(f"--output {folder}: {place} is a file; name a directory")
     if not os.access(place, os.W_OK):
         raise InputError(f"--output {folder}: {place} cannot be written to; name another directory")
-
-
-def make_directory(folder):
-    with writing(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -745,26 +732,14 @@ def locked(folder):
     return file
 
 
-def temporary_name(path):
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-
-
 def remove_leftovers(folder):
-    """Removes temporary files of processes of this machine that are dead."""
+    """Removes temporary files of write_atomically whose process, of this machine, is dead."""
     for path in Path(folder).glob(f".*.{platform.node()}.*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not is_alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:                                                 # alive, and another user's
-        return True
-    return True
+        with contextlib.suppress(PermissionError, ValueError):      # alive and another user's; no number
+            try:
+                os.kill(int(path.name.split(".")[-2]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
 
 
 def write_atomically(path, write, exclusive=False):
@@ -773,17 +748,18 @@ def write_atomically(path, write, exclusive=False):
     exclusive: a file that is there stays, and FileExistsError is raised.
     """
     path = Path(path)
-    make_directory(path.parent)
-    temporary = temporary_name(path)
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             if exclusive:
                 os.link(temporary, path)
             else:
                 os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path, text):
@@ -825,17 +801,15 @@ def load_checkpoint(path, entries=TRAINED, **expected):
         if not isinstance(content.get(key, ...), kind):
             raise InputError(f"{path} has no {key}, or one of another kind, so it is not as it was written; "
                              "give another file or remove it")
-    for key, value in expected.items():
-        if repr(content.get(key)) != repr(value):                   # repr, for what is found may be anything
-            raise InputError(f"{path} {mismatch(key, content.get(key), value, expected)}; "
-                             "choose another --output or remove it")
+    for key, needed in expected.items():
+        found = content.get(key)
+        if repr(found) == repr(needed):                             # repr, as what is found may be anything
+            continue
+        said = f"holds {key.replace('_', ' ')} {found!r}, but {needed!r} is needed here"
+        if key == "content":
+            said = f"was trained on other data than {expected.get('task', 'the task')} holds now"
+        raise InputError(f"{path} {said}; choose another --output or remove it")
     return content
-
-
-def mismatch(key, found, needed, expected):
-    if key == "content":
-        return f"was trained on other data than {expected.get('task', 'the task')} holds now"
-    return f"holds {key.replace('_', ' ')} {found!r}, but {needed!r} is needed here"
 
 
 def read_checkpoint(path):
@@ -844,9 +818,8 @@ def read_checkpoint(path):
         raise InputError(f"no checkpoint at {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile
+            if archive.testzip():
+                raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # many kinds for a truncated, damaged or foreign file
         raise InputError(f"{path} is not a readable checkpoint (truncated, damaged, or not written by this "
@@ -936,42 +909,34 @@ def rank_zero_first(machine):
 # ------------------------------------------------------------------------------------------------------------
 
 LARGEST = 2 ** 31 - 1
+PRESETS = ["drawn", "paper"]
+
+
+def bounded(number, least, most):
+    if not least <= number <= most:                                 # and so not NaN
+        raise argparse.ArgumentTypeError(f"{number} is not a number from {least} to {most}")
+    return number
 
 
 def whole(text):
-    """A whole number of at least 0."""
-    if not 0 <= int(text) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {LARGEST}")
-    return int(text)
+    return bounded(int(text), 0, LARGEST)
 
 
 def positive(text):
-    """A whole number of at least 1."""
-    if not 1 <= int(text) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {LARGEST}")
-    return int(text)
+    return bounded(int(text), 1, LARGEST)
 
 
 def amount(text):
-    """A finite number of at least 0."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
-    return float(text)
+    return bounded(float(text), 0, sys.float_info.max)
 
 
 def share(text):
-    """A number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
-    return float(text)
+    return bounded(float(text), 0, 1)
 
 
-PRESETS = ["drawn", "paper"]
-
-# {heading: rows}; a row is (name, type or list of choices, default, help). A default is one value, or (drawn,
-# paper).
-# The headings mean something: what stands under "run" changes no number of a checkpoint, "budget" only the
-# number of steps; all else is part of a checkpoint's identity.
+# {heading: rows}; a row is (name, type or list of choices, default, help); a default is one value, or (drawn,
+# paper). The headings mean something: what stands under "run" changes no number of a checkpoint, "budget" the
+# number of steps alone; all else is part of a checkpoint's identity.
 SHARED = {
     "run": [
         ("--data", str, "", "tasks, comma-separated: drawn ones, real datasets, folders of images"),
@@ -1020,8 +985,7 @@ SHARED = {
 class Settings:
     """The values of all flags, read-only; vars(args) is a dict, args.replace(seed=1) a changed copy.
 
-    headings: {heading: names of its flags}; defaults: {name: value} of the preset, for those flags that have
-    one.
+    headings: {heading: names of its flags}; defaults: {name: the preset's value} of all flags.
     """
     __slots__ = ("__dict__", "headings", "defaults")                # what vars() is not to show has a slot
 
@@ -1033,83 +997,43 @@ class Settings:
     def __setattr__(self, name, value):
         raise AttributeError(f"settings are read-only; take settings.replace({name}=...)")
 
-    def __repr__(self):
-        return f"Settings({vars(self)})"
+    def replace(self, **values):
+        return Settings({**vars(self), **values}, self.headings, self.defaults)
 
     def changed(self):
         """{name: value} of the flags that differ from the preset's defaults."""
-        values = {name: getattr(self, name) for name in self.defaults}
-        return {name: value for name, value in values.items() if value != self.defaults[name]}
-
-    def replace(self, **values):
-        return Settings({**vars(self), **values}, self.headings, self.defaults)
+        return {name: value for name, value in vars(self).items() if value != self.defaults.get(name, value)}
 
 
 def identity(args, *headings):
     """{name: value} of the flags under these headings: what a checkpoint must agree on to be resumed."""
-    values = {}
-    for heading in headings:
-        for name in args.headings[heading]:
-            values[name] = getattr(args, name)
-    return values
-
-
-def flag_table(own, defaults):
-    """{heading: rows}: a script's own rows, then the shared ones, with the script's defaults."""
-    table = {}
-    taken = [name for rows in own.values() for name, *_ in rows]
-    for heading in [*SHARED, *own]:
-        shared = [row for row in SHARED.get(heading, []) if row[0] not in taken]
-        rows = []
-        for name, kind, default, text in own.get(heading, []) + shared:
-            rows.append((name, kind, defaults.get(name, default), text))
-        table[heading] = rows
-    return table
-
-
-def of_preset(default, preset):
-    """A row's default: one value, or a tuple with one per preset."""
-    return default[PRESETS.index(preset)] if isinstance(default, tuple) else default
-
-
-def key_of(flag):
-    """The attribute of a flag: "--batch-size" -> "batch_size"."""
-    return flag.removeprefix("--").replace("-", "_")
+    names = [name for heading in headings for name in args.headings[heading]]
+    return {name: getattr(args, name) for name in names}
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with help of 100 columns; a bad flag is an InputError."""
 
     def __init__(self, **more):
-        super().__init__(formatter_class=help_format, allow_abbrev=False, **more)
+        layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=22, width=100)
+        super().__init__(formatter_class=layout, allow_abbrev=False, **more)
 
     def error(self, message):
         raise InputError(f"{message} (-h lists the flags)")
 
 
-def help_format(prog):
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=22, width=100)
-
-
-def help_text(kind, default, text):
-    """A flag's help: its choices, what it is, its default or defaults."""
-    if isinstance(kind, list):
-        text = f"{' | '.join(kind)}: {text}"
-    values = default if isinstance(default, tuple) else (default,)
-    shown = " | ".join(str(value) for value in values)
-    if shown and kind is not bool:
-        text = f"{text} [{shown}]"
-    return text.replace("%", "%%")
-
-
 def add_flag(group, name, kind, default, text):
-    text = help_text(kind, default, text)
+    """A row as a flag; its help ends with its default or defaults. What is not given is None."""
+    shown = " | ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    if shown and kind is not bool:
+        text += f" [{shown}]"
+    text = text.replace("%", "%%")
     if kind is bool:
         group.add_argument(name, action="store_true", default=None, help=text)
     elif isinstance(kind, list):
-        group.add_argument(name, choices=kind, metavar="NAME", help=text)
+        group.add_argument(name, choices=kind, metavar="NAME", help=f"{' | '.join(kind)}: {text}")
     else:
-        metavar = {str: "TEXT", whole: "N", positive: "N", amount: "X", share: "X"}.get(kind, "VALUE")
+        metavar = {whole: "N", positive: "N", amount: "X", share: "X"}.get(kind, "TEXT")
         group.add_argument(name, type=kind, metavar=metavar, help=text)
 
 
@@ -1117,50 +1041,54 @@ def parse_flags(description, own, defaults, argv=None):
     """Settings from a command line (by default the process's own).
 
     own: {heading: rows} of the script, beside or instead of those in SHARED; defaults: {flag: default} where
-    the script's differs from the shared one. --preset picks among the defaults, and a flag that is given
-    wins.
+    the script's differs. --preset picks among the defaults, and a flag that is given wins.
     """
-    table = flag_table(own, defaults)
     parser = Parser(description=description, usage="%(prog)s [--preset drawn|paper] [--FLAG VALUE ...]")
-    parser.add_argument("--preset", choices=PRESETS, default=PRESETS[0], metavar="NAME",
-                        help=f"{' | '.join(PRESETS)}: which of two defaults [{PRESETS[0]}]")
-    for heading, rows in table.items():
-        group = parser.add_argument_group(heading)
-        for row in rows:
-            add_flag(group, *row)
+    add_flag(parser, "--preset", PRESETS, PRESETS[0], "which of two defaults")
+    taken = [name for rows in own.values() for name, *_ in rows]
+    table, headings = {}, {}
+    for heading in [*SHARED, *own]:
+        if heading in headings:
+            continue
+        group, headings[heading] = parser.add_argument_group(heading), []
+        shared = [row for row in SHARED.get(heading, []) if row[0] not in taken]
+        for name, kind, default, text in own.get(heading, []) + shared:
+            default = defaults.get(name, default)
+            add_flag(group, name, kind, default, text)
+            key = name.removeprefix("--").replace("-", "_")
+            headings[heading].append(key)
+            table[key] = default
     given = vars(parser.parse_args(argv))
-    values, headings, preset = {"preset": given["preset"]}, {}, {}
-    for heading, rows in table.items():
-        headings[heading] = [key_of(name) for name, *_ in rows]
-        for name, _, default, _ in rows:
-            key = key_of(name)
-            preset[key] = of_preset(default, given["preset"])
-            values[key] = preset[key] if given[key] is None else given[key]
-    return Settings(values, headings, preset)
+    preset = given["preset"] or PRESETS[0]
+    for key, default in table.items():
+        if isinstance(default, tuple):
+            table[key] = default[PRESETS.index(preset)]
+    values = {key: default if given[key] is None else given[key] for key, default in table.items()}
+    return Settings({"preset": preset, **values}, headings, table)
 
 
 def announce(run, args):
     """Opens a script's output: what differs from the preset's defaults, and where all settings stand."""
-    changed = [f"--{name.replace('_', '-')} {value}" for name, value in args.changed().items()]
-    run.print(f"preset {args.preset} {' '.join(changed)}".rstrip())
+    changed = [f" --{name.replace('_', '-')} {value}" for name, value in args.changed().items()]
+    run.print(f"preset {args.preset}{''.join(changed)}")
     run.print(f"  all settings: {run.dir / 'config.json'}")
 
 
 def script(main):
     """Runs a script's main: bad input is one sentence and exit code 2, Ctrl-C one and 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")               # names of files may be in any script
     try:
         main()
     except InputError as error:
-        sys.exit(farewell(f"error: {error}", 2))
+        sentence, code = f"error: {error}", 2
     except KeyboardInterrupt:
-        sys.exit(farewell("stopped; start the same command again to go on", 130))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def farewell(sentence, code):
+        sentence, code = "stopped; start the same command again to go on", 130
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     print(sentence, file=sys.stderr, flush=True)
-    return code
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1191,19 +1119,24 @@ def read_weights(path):
     """
     path = Path(path)
     content = read_content(path)
-    own = type(content.get("format")) is int
-    said = flattened(content.get("extra"))
-    wrapped, content = unwrapped(content)
+    about = {"wrapped": None, "own": type(content.get("format")) is int}
+    about["said"] = flattened(content.get("extra")) | said_beside(path)
+    for key in WRAPPERS * 2:                                        # twice, as one may stand in another
+        if isinstance(content.get(key), dict):
+            content, about["wrapped"] = content[key], key
     weights = {}
-    for name, value in content.items():
-        if torch.is_tensor(value) and name != "n_averaged":         # a count of AveragedModel's
-            name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
-            weights[name] = value
-            check_tensor(name, value, path)
+    for name, tensor in content.items():
+        if not torch.is_tensor(tensor) or name == "n_averaged":     # a count of AveragedModel's
+            continue
+        name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
+        weights[name] = tensor
+        if tensor.layout != torch.strided or tensor.is_complex():
+            raise InputError(f"{path}: {name} is sparse or complex; save plain floating-point weights")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
     if not weights:
         raise InputError(f"{path} holds no weights by name; save a state_dict")
-    said |= said_beside(path)
-    return weights, {"wrapped": wrapped, "own": own, "said": said, **told(said, path)}
+    return weights, about | told(about["said"], path)
 
 
 def read_content(path):
@@ -1213,46 +1146,18 @@ def read_content(path):
                          "model.save_pretrained(FOLDER, max_shard_size='99GB')")
     if not path.is_file():
         raise InputError(f"there is no file of weights at {path}")
-    if path.suffix == ".safetensors":
-        package = safetensors_package()
     try:
         if path.suffix == ".safetensors":
-            content = package.load_file(path)
-        else:
-            # the flags in training checkpoints of DeiT and torchvision are a Namespace, which runs nothing
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            return safetensors_package().load_file(path)
+        # the flags in training checkpoints of DeiT and torchvision are a Namespace, which runs nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:      # many kinds, as in read_checkpoint
         raise InputError(f"{path} is not a readable file of weights (truncated, foreign, or with code in "
                          f"it): {type(error).__name__}") from error
     return content if isinstance(content, dict) else {}
-
-
-def unwrapped(content):
-    """(key, weights) of a training checkpoint; (None, content) where the weights are not wrapped."""
-    for key in WRAPPERS:
-        if isinstance(content.get(key), dict):
-            inner, weights = unwrapped(content[key])
-            return inner or key, weights
-    return None, content
-
-
-def check_tensor(name, tensor, path):
-    if tensor.layout != torch.strided or tensor.is_complex():
-        raise InputError(f"{path}: {name} is a sparse or complex tensor; save plain floating-point weights")
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise InputError(f"{path}: {name} has values that are not finite; take an earlier checkpoint")
-
-
-def flattened(said):
-    """What a card, a checkpoint's "extra" or a hub's JSON file says, one level of nesting undone."""
-    if not isinstance(said, dict):
-        return {}
-    flat = dict(said)
-    for part in ("pretrained_cfg", "model_args", "architecture", "config"):
-        if isinstance(said.get(part), dict):
-            flat |= said[part]
-    return flat
 
 
 def card_of(path):
@@ -1276,41 +1181,42 @@ def read_json(path):
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:
-        kind = type(error).__name__
-        raise InputError(f"{path} is not readable JSON ({kind}); mend or remove it") from error
+        raise InputError(f"{path} is not readable JSON; mend or remove it") from error
 
 
-# What is said of weights, and the names it has in our cards, timm's and Hugging Face's JSON files.
-TOLD = {
-    "heads": ("heads", "num_heads", "num_attention_heads", "n_head"),
-    "mean": ("mean", "image_mean"),
-    "std": ("std", "image_std"),
-}
+def flattened(said):
+    """What a card, a checkpoint's "extra" or a hub's JSON file says, one level of nesting undone."""
+    flat = dict(said) if isinstance(said, dict) else {}
+    for part in ("pretrained_cfg", "model_args", "architecture", "config"):
+        if isinstance(flat.get(part), dict):
+            flat |= flat[part]
+    return flat
 
 
 def told(said, path):
-    """{"heads", "mean", "std"}, as far as they are said."""
+    """{"heads", "mean", "std"}, as far as they are said under our names, timm's or Hugging Face's."""
     found = {}
     if said.get("do_normalize") is False:
         found = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    for key, names in TOLD.items():
-        values = [said[name] for name in names if said.get(name) is not None]
-        if values and key not in found:
-            found[key] = checked(key, values[0], path)
+    for name in ("heads", "num_heads", "num_attention_heads", "n_head"):
+        if said.get(name) is not None and "heads" not in found:
+            found["heads"] = said[name]
+            if type(said[name]) is not int or said[name] < 1:
+                raise InputError(f"what is said of {path} has {name} {said[name]!r}; that is a whole number")
+    for name in ("mean", "std", "image_mean", "image_std"):
+        key = name.removeprefix("image_")
+        if said.get(name) is not None and key not in found:
+            found[key] = three_channels(name, said[name], path)
     return found
 
 
-def checked(key, value, path):
-    """heads: a whole number; mean, std: three numbers, or one for all, of pixels where white is 1."""
-    if key == "heads":
-        if type(value) is not int or value < 1:
-            raise InputError(f"what is said of {path} has heads {value!r}; that is a whole number above 0")
-        return value
+def three_channels(name, value, path):
+    """Mean or std of pixels where white is 1; one number stands for three."""
     channels = [value] * 3 if type(value) in (int, float) else value
     good = isinstance(channels, (list, tuple)) and len(channels) == 3
     good = good and all(type(number) in (int, float) and 0 <= number <= 1 for number in channels)
-    if not good or (key == "std" and 0 in channels):
-        raise InputError(f"what is said of {path} has {key} {value!r}; mean and std are 3 finite numbers "
+    if not good or (name.endswith("std") and 0 in channels):
+        raise InputError(f"what is said of {path} has {name} {value!r}; mean and std are 3 finite numbers "
                          "each, mean from 0 to 1 and std above 0, white being 1")
     return tuple(channels)
 
@@ -1329,10 +1235,13 @@ def check_fits(state, net, path, optional=()):
     for name, tensor in net.state_dict().items():
         if "relative_position_index" not in name:                   # a constant that torchvision computes
             shapes[name] = tensor.shape
-    lacks = [name for name in shapes if name not in state and not name.startswith(optional)]
-    more = [name for name in state if name not in shapes]
-    other = [name for name in state if name in shapes and state[name].shape != shapes[name]]
-    for trouble, names in (("lacks", lacks), ("also has", more), ("has another shape of", other)):
+    troubles = {
+        "lacks": [name for name in shapes if name not in state and not name.startswith(optional)],
+        "also has": [name for name in state if name not in shapes],
+        "has another shape of": [name for name in state if shapes.get(name) != state[name].shape],
+        "has whole numbers in": [name for name in state if not state[name].is_floating_point()],
+    }
+    for trouble, names in troubles.items():
         if names:
             rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{path} does not fit this {type(net).__name__}: it {trouble} {names[0]}{rest}")
@@ -1342,10 +1251,9 @@ def check_fits(state, net, path, optional=()):
 # Weights: ViTs in
 # ------------------------------------------------------------------------------------------------------------
 
-# The tensors of a ViT in three dialects: timm's and DeiT's (ours), torchvision's, Hugging Face's. # is a
-# block's number.
-# Names differ, numbers do not: q, k, v are the thirds of qkv, in this order; Hugging Face's three are joined
-# first.
+# The tensors of a ViT in three dialects: timm's and DeiT's (ours), torchvision's, Hugging Face's; # is a
+# block's number. Names differ, numbers do not: q, k, v are the thirds of qkv, in this order; Hugging Face's
+# three are joined first.
 DIALECTS = ("timm", "torchvision", "Hugging Face")
 PATCHES = ("patch_embed.proj.", "conv_proj.", "embeddings.patch_embeddings.projection.")
 NAMES = [
@@ -1378,9 +1286,8 @@ SPELLINGS = {
         (r"mlp\.fc1", "intermediate.dense"), (r"mlp\.fc2", "output.dense"),
     ],
 }
-# What may be left unused, as it stands beside or behind the encoder. Any other tensor would change the
-# features.
-SPARE = re.compile(r"heads?\.|pre_logits\.|pooler\.|(embeddings\.)?mask_token$|decoder")
+# What stands behind the encoder may be left unused; any other tensor would change the features.
+SPARE = re.compile(r"heads?\.(?!pre_logits)|pooler\.|(embeddings\.)?mask_token$|decoder")
 
 
 def respelled(weights, dialect):
@@ -1435,9 +1342,6 @@ def heads_of_width(width, path):
 
 def grid_of(state, path):
     """Rows of the square grid of patches, by the position embeddings."""
-    if any(re.search(r"dist(illation)?_token$", name) for name in state):
-        raise InputError(f"{path} has a distillation token, on which its features depend, and this ViT has "
-                         "none; take a DeiT without distillation")
     patch = state.get("patch_embed.proj.weight", torch.empty(0))
     pos = state.get("pos_embed", torch.empty(0))
     fc1 = state.get("blocks.0.mlp.fc1.weight", torch.empty(0))
@@ -1447,12 +1351,11 @@ def grid_of(state, path):
         if grid and grid ** 2 == patches:
             return grid
     raise InputError(f"{path} is no plain ViT: that has patches of RGB images, position embeddings of a "
-                     "square grid, and MLPs")
+                     "square grid and at most a class token (none for distillation), and MLPs")
 
 
 def vit_state(weights, heads=None, path="the file"):
-    """(state, config, report) of a ViT in any dialect: float32 tensors under our names, ViTConfig by their
-    shapes.
+    """(state, config, report) of a ViT in any dialect: float32 tensors, our names, ViTConfig by the shapes.
 
     heads: by default by the width. Without a head, config says 1 class.
     report: "source", the dialect; "unexpected", what stands behind the encoder and was left out: poolers,
@@ -1465,38 +1368,28 @@ def vit_state(weights, heads=None, path="the file"):
     state = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     state = renamed(state, dialect, "timm")
     grid = grid_of(state, path)
-    is_last = not any("pre_logits" in name for name in state)       # a head on the features themselves
-    has_head = is_last and {"head.weight", "head.bias"} <= state.keys()
-    if not has_head:
-        state = {re.sub(r"^head\.", "heads.", name): tensor for name, tensor in state.items()}
+    head = [name for name in ("head.weight", "head.bias") if name in state]
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     config = ViTConfig(
         image_size=grid * patch_size, patch_size=patch_size, width=width,
         depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         heads=heads or heads_of_width(width, path),
-        num_classes=len(state["head.weight"]) if has_head else 1,
+        num_classes=len(state[head[0]]) if head else 1,
         pooling="token" if "cls_token" in state else "avg",
         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) // width)
-    spare = [name for name in state if SPARE.match(name) and name not in ("head.weight", "head.bias")]
+    spare = [name for name in state if SPARE.match(name) and name not in head]
     state = {name: tensor for name, tensor in state.items() if name not in spare}
     with torch.device("meta"):
         check_fits(state, ViT(config), path, "head.")
-    return as_floats(state, path), config, {"source": dialect, "unexpected": spare}
-
-
-def as_floats(state, path):
-    """A state in float32; whole numbers are no weights (of a quantised network, say)."""
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise InputError(f"{path}: {name} holds whole numbers; save weights that are not quantised")
-    return {name: tensor.float() for name, tensor in state.items()}
+    state = {name: tensor.float() for name, tensor in state.items()}
+    return state, config, {"source": dialect, "unexpected": spare}
 
 
 def resized_pos_embed(pos_embed, grid, prefix, mode="bicubic"):
-    """Position embeddings (1, prefix + n n, D) for another grid, g or (rows, columns) -> (1, prefix + rows
-    columns, D).
+    """Position embeddings (1, prefix + n n, D) for another grid -> (1, prefix + rows columns, D).
 
-    Bicubic with antialiasing as in timm; DeiT and Hugging Face do without it, torchvision aligns corners;
+    grid: its rows, or (rows, columns). Bicubic with antialiasing as in timm; DeiT and Hugging Face do without
+    it, torchvision aligns corners;
     Segmenter: bilinear. The first `prefix`, those of class tokens, have no place on the grid and stay.
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
@@ -1509,72 +1402,48 @@ def resized_pos_embed(pos_embed, grid, prefix, mode="bicubic"):
     return torch.cat([pos_embed[:, :prefix], patches], 1)
 
 
-# What a configuration may say of a ViT that this one does: {name: right values}.
-VIT_SAYS = {
-    "hidden_act": ["gelu"], "act_layer": ["gelu"], "layer_norm_eps": [1e-6, 1e-12], "qkv_bias": [True],
-    "num_channels": [3], "in_chans": [3], "do_rescale": [True], "rescale_factor": [1 / 255],
-}
-
-
-def vit_says(c):
-    """The same with its sizes, under the names of our cards, timm's and Hugging Face's."""
-    image = [c.image_size, [c.image_size, c.image_size]]
-    return VIT_SAYS | {
-        "image_size": image, "img_size": image, "patch_size": [c.patch_size],
-        "width": [c.width], "embed_dim": [c.width], "hidden_size": [c.width],
-        "depth": [c.depth], "num_hidden_layers": [c.depth],
-        "mlp_ratio": [c.mlp_ratio], "intermediate_size": [c.mlp_ratio * c.width],
-        "pooling": [c.pooling], "global_pool": [c.pooling],
+def vit_says(config):
+    """{name: right values} of what a configuration may say of a ViT beside its weights."""
+    size = config.image_size
+    return {
+        "hidden_act": ["gelu"], "act_layer": ["gelu"], "layer_norm_eps": [1e-6, 1e-12],
+        "do_rescale": [True], "rescale_factor": [1 / 255], "image_size": [size, [size, size]],
+        "patch_size": [config.patch_size], "hidden_size": [config.width], "num_hidden_layers": [config.depth],
+        "intermediate_size": [config.mlp_ratio * config.width],
+        "pooling": [config.pooling], "global_pool": [config.pooling],
     }
 
 
-def guesses(config, about, heads):
-    """What the shapes do not tell of a ViT and nobody has said."""
-    guessed = []
-    if not heads:
-        guessed.append(f"{config.heads} heads")
-    if config.pooling == "token" and not {"pooling", "global_pool"} & about["said"].keys():
-        guessed.append("the features of the class token")
-    if not {"image_size", "img_size"} & about["said"].keys():
-        grid = config.image_size // config.patch_size
-        guessed.append(f"a square grid of {grid} x {grid} patches")
-    return guessed
-
-
 def normalisation_of(path, about, report, classes):
-    """(mean, std, why) of the images that weights were trained on; mean and std are None for a checkpoint of
-    this code, where each task has its own. What is neither told nor to be seen in the names is a guess, and
-    `why` says so."""
+    """(mean, std, why) of the images that weights were trained on; None, None for a checkpoint of this code,
+    where each task has its own. What is neither told nor to be seen in the names is a guess, as why says."""
     if "mean" in about and "std" in about:
         return about["mean"], about["std"], "as told with the weights"
     if about["own"]:
         return None, None, "a checkpoint of this code: each task's own"
     if report["source"] == "torchvision":
         return *IMAGENET, "ImageNet's, as all of torchvision"
-    is_wrapped_as_deit = report["source"] == "timm" and about["wrapped"] == "model"
-    if "deit" in Path(path).name or is_wrapped_as_deit:
+    (mean, std), whose = HALF, "most ViTs' of Google and timm"
+    if classes in (21841, 21843):
+        whose = "ViTs' of ImageNet-21k"
+    if "deit" in Path(path).name or (report["source"], about["wrapped"]) == ("timm", "model"):
         (mean, std), whose = IMAGENET, "DeiT's"
-    elif classes in (21841, 21843):
-        (mean, std), whose = HALF, "ViTs' of ImageNet-21k"
-    else:
-        (mean, std), whose = HALF, "most ViTs' of Google and timm"
     return mean, std, f'a guess: as {whose}; else say "mean" and "std" in {card_of(path)}'
 
 
 def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=None, say=print):
-    """(net, report): a ViT from a file of timm, DeiT, torchvision, Hugging Face or this code, or `net` filled
-    from it.
+    """(net, report): a ViT from a file of timm, DeiT, torchvision, Hugging Face or this code, or net filled.
 
     num_classes, image_size: the file's by default; position embeddings are resized, and a head of other
     classes is left fresh. net, a ViT or torchvision's Swin, decides both by itself; it is untouched unless
-    everything fits.
-    report: "source", "loaded" (number of tensors), "missing", "unexpected" (names), "head" ("kept" or
-    "replaced"), "mean", "std", "normalisation" (why these), "guessed" (what nobody told). say prints it.
+    everything fits. report: "source", "loaded" (number of tensors), "missing", "unexpected" (names), "head"
+    ("kept" or "replaced"), "mean", "std", "normalisation" (why these). say prints it, and what was guessed.
     """
     weights, about = read_weights(path)
+    guess = ""
     if net is None or isinstance(net, ViT):
-        heads = heads or about.get("heads") or (net.config.heads if net else None)
-        state, config, report = vit_state(weights, heads, path)
+        known = heads or about.get("heads") or (net.config.heads if net else None)
+        state, config, report = vit_state(weights, known, path)
         if not about["own"]:
             check_said(about["said"], vit_says(config), path)
         if net is None:
@@ -1584,20 +1453,21 @@ def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=Non
         check_same_architecture(config, net.config, path)
         grid = net.config.image_size // net.config.patch_size
         state["pos_embed"] = resized_pos_embed(state["pos_embed"], grid, int(config.pooling == "token"))
-        report["guessed"] = guesses(config, about, heads)
+        if not about["said"]:
+            guess = (f"  {config.heads} heads, {config.pooling} pooling, a square grid are guesses; else say "
+                     f"\"heads\", \"pooling\", \"image_size\" in {card_of(path)}")
     else:
         state = respelled(weights, "torchvision")
         state = {name: tensor for name, tensor in state.items() if "relative_position_index" not in name}
-        report = {"source": "torchvision", "unexpected": [], "guessed": []}
+        report = {"source": "torchvision", "unexpected": []}
     classes = len(state.get("head.weight", ()))
     fill(net, state, report, path)
     mean, std, why = normalisation_of(path, about, report, classes)
     report |= {"mean": mean, "std": std, "normalisation": why}
     say(f"{path}: {report['loaded']} tensors under names of {report['source']}; head {report['head']} "
         f"({len(net.head.weight)} classes); not used: {', '.join(report['unexpected']) or 'none'}")
-    if report["guessed"]:
-        say(f"  guessed by the shapes: {', '.join(report['guessed'])}; "
-            f"else say \"heads\", \"pooling\" and \"image_size\" in {card_of(path)}")
+    if guess:
+        say(guess)
     say(f"  normalisation: mean {mean}, std {std} ({why})")
     return net, report
 
@@ -1662,23 +1532,19 @@ CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")             # (in, out) 
 MASKS = re.compile(r"\.attn\.(masked_)?bias$")                      # old files hold them as buffers
 
 
-# What a configuration may say of a GPT-2 that this one does: {name: right values}.
-GPT2_SAYS = {
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "layer_norm_epsilon": [1e-5],
-    "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False],
-    "tie_word_embeddings": [True],
-}
-
-
-def gpt2_says(c):
-    return GPT2_SAYS | {
-        "vocab_size": [c.vocab], "n_positions": [c.context], "n_embd": [c.width], "n_inner": [4 * c.width],
-        "n_layer": [c.depth],
+def gpt2_says(config):
+    """{name: right values} of what a configuration may say of a GPT-2 beside its weights."""
+    return {
+        "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "layer_norm_epsilon": [1e-5],
+        "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+        "add_cross_attention": [False], "tie_word_embeddings": [True],
+        "vocab_size": [config.vocab], "n_positions": [config.context], "n_embd": [config.width],
+        "n_inner": [4 * config.width], "n_layer": [config.depth],
     }
 
 
 def gpt2_state(weights, path):
-    """A GPT-2's tensors in float32 under our names, matrices as (out, in)."""
+    """A GPT-2's tensors under our names, matrices as (out, in)."""
     state = {}
     for name, tensor in weights.items():
         if not MASKS.search(name):
@@ -1695,12 +1561,11 @@ def gpt2_state(weights, path):
         for name in state:
             if CONV1D.search(name):
                 state[name] = state[name].T.contiguous()
-    return as_floats(state, path)
+    return state
 
 
 def load_gpt2(path, num_classes=0, say=print):
-    """(net, report): a GPT-2 from a published file (pytorch_model.bin, model.safetensors) or one of
-    export_gpt2's.
+    """(net, report): a GPT-2 from a published file (pytorch_model.bin, model.safetensors) or export_gpt2's.
 
     num_classes: 0 for the language model; a classifier keeps the file's `score` where that has as many, and
     gets a fresh one else.
@@ -1723,7 +1588,7 @@ def load_gpt2(path, num_classes=0, say=print):
     state = {name: tensor for name, tensor in state.items() if name not in spare}
     check_fits(state, net, path, ("score.",) if head == "replaced" else ())
     net.load_state_dict(state, strict=False)
-    guess = "" if about.get("heads") else f" (a guess by the width; else say \"heads\" in {card_of(path)})"
+    guess = "" if about.get("heads") else f" (a guess; else say \"heads\" in {card_of(path)})"
     say(f"{path}: GPT-2 of {depth} layers, width {width}, {heads} heads{guess}, {vocab:,} tokens; "
         f"head {head}; not used: {', '.join(spare) or 'none'}")
     return net, {"loaded": len(state), "unexpected": spare, "head": head}
@@ -1733,21 +1598,16 @@ def load_gpt2(path, num_classes=0, say=print):
 # Weights: out
 # ------------------------------------------------------------------------------------------------------------
 
-SUFFIXES = {
-    "timm": (".pt", ".pth", ".safetensors"),
-    "torchvision": (".pt", ".pth", ".safetensors"),
-    "transformers": (".bin", ".pt", ".safetensors"),
-}
+FORMATS = ("timm", "torchvision", "transformers")
+ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 
 
 def check_export(path, format, pooling=None):
     """One sentence unless a network can be written to `path` for `format`; to be asked before the work."""
-    if format not in SUFFIXES:
-        raise unknown("--format", format, list(SUFFIXES))
-    suffixes = SUFFIXES[format]
-    if Path(path).is_dir() or Path(path).suffix not in suffixes:
-        endings = ", ".join(suffixes)
-        raise InputError(f"the file to write for {format} (--export) ends in {endings}, not {path}")
+    if format not in FORMATS:
+        raise unknown("--format", format, FORMATS)
+    if Path(path).is_dir() or Path(path).suffix not in ENDINGS:
+        raise InputError(f"the file to write (--export) ends in {', '.join(ENDINGS)}, not {path}")
     if format == "torchvision" and pooling == "avg":
         raise InputError("torchvision's ViT takes no mean over patches: give the network a class token, "
                          "or say --format timm")
@@ -1760,13 +1620,13 @@ def check_export(path, format, pooling=None):
 
 
 def write_with_card(path, state, card):
-    """Tensors as .pt, .pth, .bin or .safetensors, and the card beside them; only finite ones."""
+    """Tensors as float32 in .pt, .pth, .bin or .safetensors, and the card beside them; only finite ones."""
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise InputError(f"the weights are not finite; nothing was written to {path}")
-    if path.suffix == ".safetensors":
-        save_file = safetensors_package().save_file
-        write_atomically(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    if Path(path).suffix == ".safetensors":
+        content = safetensors_package().save(state, metadata={"format": "pt"})
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
     else:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
     write_text(card_of(path), json.dumps(card, indent=1, default=str) + "\n")
@@ -1778,7 +1638,6 @@ def export_weights(state, config, path, format="timm", card=None):
     The card holds the architecture, the call whose module loads the file strictly, and what the caller's
     `card` says (task, method, "mean", "std" ...).
     """
-    path = Path(path)
     check_export(path, format, config.pooling)
     with torch.device("meta"):
         check_fits(state, ViT(config), "the network to export")
@@ -1790,24 +1649,14 @@ def export_weights(state, config, path, format="timm", card=None):
 def vit_call(c, format):
     """The call that builds the module of timm or torchvision."""
     if format == "timm":
-        name = "timm.models.vision_transformer.VisionTransformer"
-        arguments = {
-            "img_size": c.image_size, "patch_size": c.patch_size, "embed_dim": c.width, "depth": c.depth,
-            "num_heads": c.heads, "mlp_ratio": c.mlp_ratio, "num_classes": c.num_classes,
-            "global_pool": c.pooling, "class_token": c.pooling == "token",
-        }
-    else:
-        name = "torchvision.models.VisionTransformer"
-        arguments = {
-            "image_size": c.image_size, "patch_size": c.patch_size, "num_layers": c.depth,
-            "num_heads": c.heads, "hidden_dim": c.width, "mlp_dim": c.mlp_ratio * c.width,
-            "num_classes": c.num_classes,
-        }
-    return f"{name}({keywords(arguments)})"
-
-
-def keywords(arguments):
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        return ("timm.models.vision_transformer.VisionTransformer("
+                f"img_size={c.image_size}, patch_size={c.patch_size}, embed_dim={c.width}, depth={c.depth}, "
+                f"num_heads={c.heads}, mlp_ratio={c.mlp_ratio}, num_classes={c.num_classes}, "
+                f"global_pool={c.pooling!r}, class_token={c.pooling == 'token'})")
+    return ("torchvision.models.VisionTransformer("
+            f"image_size={c.image_size}, patch_size={c.patch_size}, num_layers={c.depth}, "
+            f"num_heads={c.heads}, hidden_dim={c.width}, mlp_dim={c.mlp_ratio * c.width}, "
+            f"num_classes={c.num_classes})")
 
 
 def export_gpt2(net, path, card=None):
@@ -1815,18 +1664,17 @@ def export_gpt2(net, path, card=None):
 
     The card holds config.json's entries, the call whose module loads the file, and the caller's `card`.
     """
-    path, c = Path(path), net.config
     check_export(path, "transformers")
-    state = {}
+    c, end, state = net.config, net.config.vocab - 1, {}
     for name, tensor in net.state_dict().items():
         tensor = tensor.T if CONV1D.search(name) else tensor
         state[name if name.startswith("score.") else f"transformer.{name}"] = tensor
-    end = c.vocab - 1
     sizes = {
         "vocab_size": c.vocab, "n_positions": c.context, "n_embd": c.width, "n_layer": c.depth,
         "n_head": c.heads, "num_labels": c.num_classes, "pad_token_id": end,
     }
-    build = f"transformers.GPT2ForSequenceClassification(transformers.GPT2Config({keywords(sizes)}))"
+    arguments = ", ".join(f"{name}={value}" for name, value in sizes.items())
+    build = f"transformers.GPT2ForSequenceClassification(transformers.GPT2Config({arguments}))"
     written = {"model_type": "gpt2", **sizes, "bos_token_id": end, "eos_token_id": end, "build": build}
     write_with_card(path, state, written | (card or {}))
 

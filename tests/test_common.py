@@ -262,8 +262,8 @@ def loss_at(net, step):
 def train_tiny(folder, stop_at=None, poison=(), steps=STEPS, kill=False, **changes):
     """A loop as the methods write it; a value "even" is logged in even steps alone.
 
-    stop_at: an exception (or SIGKILL) between the forward pass and the update of that step; poison: steps whose
-    loss is NaN.
+    stop_at: an exception (or SIGKILL) between the forward pass and the update of that step; poison: steps
+    whose loss is NaN.
     """
     common.LOG_EVERY = 2                                     # also in a process of its own
     net = two_layers()
