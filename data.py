@@ -6,8 +6,8 @@ A method asks for tasks by name (`load`, `load_many`, `load_texts`; a script: `l
     x, y = task.batch("train", step, batch_size=64)     # a pure function: uint8 (B, 3, S, S), int64 (B,)
     logits = net(task.normalise(x))                     # images are bytes until they enter a network
 
-The drawn tasks need no download: appendix A draws them, results/difficulty.md lists them. docs/datasets.md lists
-the real datasets, where they come from and how to unpack them.
+The drawn tasks need no download: appendix A draws them, results/difficulty.md lists them. docs/datasets.md
+lists the real datasets, where they come from and how to unpack them.
 
     1. A task in memory and its batches     Task
     2. Augmentation                         the papers' recipes, MixUp and CutMix
@@ -67,9 +67,9 @@ MEMORY = 12                         # GiB that the images of a run may take; oth
 class Task:
     """A classification task in memory, as bytes.
 
-    images: {split: uint8 (N, 3, S, S)}; labels: {split: int64 (N,)}. A segmentation task has masks for labels,
-    {split: uint8 (N, S, S)}: a class or IGNORED for every pixel. mean and std are those of the training images, a
-    number per channel, where white is 1. fingerprint: 16 hex digits that change when the data does.
+    images: {split: uint8 (N, 3, S, S)}; labels: {split: int64 (N,)}. A segmentation task has masks for
+    labels, {split: uint8 (N, S, S)}: a class or IGNORED for every pixel. mean and std are those of the training
+    images per channel, where white is 1. fingerprint: 16 hex digits that change when the data does.
     """
     name: str
     class_names: list
@@ -143,7 +143,7 @@ class Task:
     def fetch(self, split, rows, step, batch_size, seed, recipe, rank, world):
         """The images of a batch, uint8 (B, 3, S, S), after a recipe drawn per image.
 
-        One image after the other, in this process: a long training leaves it to FileTask's workers (memory=0).
+        One image after the other, in this process: long trainings leave it to FileTask's workers (memory=0).
         """
         images = self.images[split][rows]
         if recipe == "none":
@@ -409,8 +409,8 @@ def load(name, data_dir="data", image_size=32, seed=0, workers=2, memory=MEMORY)
     """A drawn task by name, a real dataset of REAL by name, or the task in a folder of images.
 
     signs:0-15 is the first 16 classes of signs, wide/10#3 the third of the ten subsets into which the classes
-    of wide are dealt. Drawn tasks are kept in data_dir/drawn; real datasets are read from data_dir. Images that
-    need more than `memory` GiB stay in their files (FileTask). Bad input raises InputError.
+    of wide are dealt. Drawn tasks are kept in data_dir/drawn; real datasets are read from data_dir. Images
+    that need more than `memory` GiB stay in their files (FileTask). Bad input raises InputError.
     """
     return load_many([name], data_dir, image_size, seed, workers, memory)[name]
 
@@ -453,7 +453,7 @@ def check_names(names, data_dir="data", modality="image"):
 
 
 def checked(name, data_dir):
-    """The name of a task, of a folder its shortest path; InputError for what is unknown or means two things."""
+    """The name of a task, of a folder its shortest path; InputError if it is unknown or means two things."""
     origin = origin_of(name)
     if origin != name and origin_of(origin) == origin:      # no part of a part
         whole = checked(origin, data_dir)
@@ -465,16 +465,16 @@ def checked(name, data_dir):
     if name in REAL:
         locate(name, REAL[name], data_dir)
     elif name not in SPECS:
-        raise unknown("task or folder", name, [*SPECS, *REAL, "a folder with one sub-folder of images per class",
-                                               "a part of one of these as in signs:0-15 or wide/10#3"])
+        others = ["a folder with one sub-folder of images per class", "a part as in signs:0-15 or wide/10#3"]
+        raise unknown("task or folder", name, [*SPECS, *REAL, *others])
     return name
 
 
 def checked_folder(name):
     part = PART.fullmatch(name)
     if is_known(name) or (part and (is_known(part[1]) or os.path.isdir(part[1]))):
-        raise InputError(f"{name} is a task by name, and there is a folder of this name, too: write ./{name} for "
-                         "the folder; for the task, start in another directory")
+        raise InputError(f"{name} is a task by name, and there is a folder of this name, too: write ./{name} "
+                         "for the folder; for the task, start in another directory")
     path = os.path.normpath(name)
     return os.path.join(".", path) if is_known(path) else path
 
@@ -515,8 +515,8 @@ def classes_of(name, num_classes):
 def class_subsets(num_classes, parts, seed=0):
     """All classes dealt out at random to `parts` disjoint lists, whose lengths differ by at most one."""
     if not 1 <= parts <= num_classes // 2:
-        raise InputError(f"{num_classes} classes make 1 to {num_classes // 2} subsets of two classes or more, "
-                         f"not {parts}")
+        most = num_classes // 2
+        raise InputError(f"{num_classes} classes make 1 to {most} subsets of two or more, not {parts}")
     order = np.random.default_rng(seed).permutation(num_classes)
     return [sorted(part.tolist()) for part in np.array_split(order, parts)]
 
@@ -555,7 +555,7 @@ def subset(task, classes, name):
 # 4. Folders of images
 # ----------------------------------------------------------------------------------------------------------
 HELD_OUT = 0.2                      # of every class, where there is no val
-BAD_SHARE = 0.001                   # of a task's images may be unreadable or missing, and one in any case
+BAD_SHARE = 0.001                   # of a task's images may be missing or unreadable (or one unreadable)
 MAX_PIXELS = 2 ** 27                # of an image in its file, or resized
 SAMPLED = 2000                      # files whose bytes are in a fingerprint, if there are more of them
 IMAGE_TYPES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -576,7 +576,7 @@ class Found:
     official: dict = field(default_factory=dict)    # counts of the whole set, where they are known
     listed: bool = False                            # the paths come from a list and may be missing on disk
     missing: list = field(default_factory=list)     # those that are
-    same: dict = field(default_factory=dict)        # {split without images of its own: the split it is the same as}
+    same: dict = field(default_factory=dict)        # {split without images of its own: whose images it has}
 
     @property
     def masks(self):
@@ -584,20 +584,20 @@ class Found:
 
 
 def read_folder(root):
-    """Found of class folders at the top of `root`, or inside its folders of splits, such as train/ and test/."""
+    """Found of class folders at the top of `root`, or inside its folders of splits, as train/ and test/."""
     splits = split_folders(root)
     found = read_splits(splits or {"train": root})
     train = found.files["train"]
     top = splits.get("train", root)
     if "val" not in found.files:
-        print(f"{root}: no val folder, so {HELD_OUT:.0%} of each class of the training images is held out as val")
+        print(f"{printable(root)}: no val folder, so {HELD_OUT:.0%} of each class of train is held out as val")
         for label, count in collections.Counter(label for _, label in train).items():
             if count == 1:
-                raise InputError(f"class folder {found.class_names[label]} in {top} holds a single image; without a "
-                                 "val/ folder a class needs at least 2")
+                raise InputError(f"class folder {found.class_names[label]} in {top} holds a single image; "
+                                 "without a val/ folder a class needs at least 2")
         found.files |= hold_out(train, [os.path.relpath(path, top) for path, _ in train])
     if "test" not in found.files:
-        print(f"{root}: no test folder, so test is the same as val")
+        print(f"{printable(root)}: no test folder, so test is the same as val")
         found.same["test"] = "val"
     # In the order of their names' hashes, any first n are a fair sample.
     found.files["train"].sort(key=lambda file: hashed(os.path.relpath(file[0], root)))
@@ -607,7 +607,7 @@ def read_folder(root):
 def split_folders(root):
     """{split: folder} of a folder that has train/, val/ and test/ or the like; {} where it holds classes.
 
-    A folder of that name which holds images, and no folders, is a class, unless there is a train/ with folders.
+    A folder of that name which holds images and no folders is a class, unless there is a train/ with folders.
     """
     names = sub_folders(root)
     with_folders = [name for name in names if sub_folders(os.path.join(root, name))]
@@ -616,16 +616,17 @@ def split_folders(root):
     for name in names if has_train else with_folders:
         split = SPLIT_FOLDERS.get(name.lower())
         if split in splits:
-            raise InputError(f"{root} has more than one folder of {split} images, such as {name}; leave one of them")
+            raise InputError(f"{root} has more than one folder of {split} images, such as {name}; leave one")
         if split:
             splits[split] = os.path.join(root, name)
         elif LIKE_A_SPLIT.match(name.lower()):
             raise InputError(f"{os.path.join(root, name)} looks like a split, but its name is none of "
                              f"{', '.join(SPLIT_FOLDERS)}: rename it or move it away")
         elif has_train:
-            print(f"{root}: {printable(name)}/ is not used, as it is no split such as train/")
+            print(f"{printable(root)}: {printable(name)}/ is not used, as it is no split such as train/")
     if splits and not has_train:
-        raise InputError(f"{root} has {' and '.join(sorted(splits))} images in folders of their own, but no train/")
+        raise InputError(f"{root} has {' and '.join(sorted(splits))} images in folders of their own, but no "
+                         "train/ folder")
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
@@ -638,8 +639,8 @@ def read_splits(folders):
             classes = names
         elif names != classes:
             odd = sorted(set(names) ^ set(classes))
-            raise InputError(f"{folders['train']} and {folder} must have the same class folders; only one of them "
-                             f"has {', '.join(odd[:5])}")
+            raise InputError(f"{folders['train']} and {folder} must have the same class folders; only one of "
+                             f"them has {', '.join(odd[:5])}")
     return Found(classes, files)
 
 
@@ -647,8 +648,8 @@ def list_folder(root):
     """(class names, [(path, label)]) of a folder with one sub-folder of images per class."""
     classes = sub_folders(root)
     if len(classes) < 2:
-        raise InputError(f"{root} has {len(classes)} class folders; it needs at least 2, each holding the images "
-                         "of one class")
+        raise InputError(f"{root} has {len(classes)} class folders; it needs at least 2, each holding the "
+                         "images of one class")
     files, ignored = [], []
     for label, name in enumerate(classes):
         folder = os.path.join(root, name)
@@ -658,8 +659,8 @@ def list_folder(root):
         files += [(path, label) for path in sorted(paths)]
         ignored += others
     if ignored:
-        print(f"{printable(root)}: {len(ignored):,} files are no images ({' '.join(IMAGE_TYPES)}) and not used, "
-              f"such as {printable(ignored[0])}")
+        print(f"{printable(root)}: {len(ignored):,} files are no images and not used, such as "
+              f"{printable(ignored[0])}")
     return [printable(name) for name in classes], files
 
 
@@ -669,7 +670,7 @@ def sub_folders(root):
 
 
 def image_files(folder, seen):
-    """(paths of images, paths of other files) in a folder and those in it, each entered once whatever links say."""
+    """(paths of images, of other files) in a folder and those in it, each entered once whatever links say."""
     paths, others = [], []
     real = os.path.realpath(folder)
     if real in seen:
@@ -727,8 +728,8 @@ def hold_out(files, groups):
 
 
 def fingerprint_of(found):
-    """16 hex digits of a Found: its class names, every file's split, label, relative path and size, and the bytes
-    of all files, or of SAMPLED ones among more."""
+    """16 hex digits of a Found: of its class names, of every file's split, label, relative path and size, and
+    of the bytes of all files, or of SAMPLED ones among more."""
     digits = hashlib.blake2b(digest_size=8)
     digits.update(as_bytes("\n".join(map(str, found.class_names))))
     rows = []
@@ -828,7 +829,7 @@ class ImageFiles(torch.utils.data.Dataset):
     def __init__(self, files, size, name, num_classes):
         sources, labels = zip(*files)
         if isinstance(sources[0], str):
-            # One block: counting the references to a million strings would copy them into every worker process.
+            # One block: counting references to a million strings would copy them into every worker process.
             sources = np.array([os.fsencode(source) for source in sources])
         self.sources = sources
         self.labels = np.array(labels)
@@ -868,9 +869,9 @@ class ImageFiles(torch.utils.data.Dataset):
         return image if mask is None else torch.cat([image, self.centre_mask(mask)])
 
     def __getitems__(self, keys):
-        """A batch for keys (row, recipe, random stream): uint8 (B, 3, size, size), {row: why it cannot be read}.
+        """A batch for keys (row, recipe, random stream): uint8 (B, 3, size, size), {row: why unreadable}.
 
-        In place of an unreadable image stands the next readable one of its class, so that its label stays true.
+        In place of an unreadable image stands the next of its class, so that its label stays true.
         """
         images = torch.zeros(len(keys), *self.shape[1:], dtype=torch.uint8)
         unreadable = {}
@@ -898,7 +899,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 def report_unreadable(name, unreadable, labels, class_names):
-    """Name the images that cannot be read. They are skipped, unless they are many or leave a class without any.
+    """Name the images that cannot be read. They are skipped, unless they are many, or all of a class.
 
     unreadable: {split: {row: sentence}}; labels: {split: labels of all rows, or paths of masks}
     """
@@ -913,8 +914,9 @@ def report_unreadable(name, unreadable, labels, class_names):
     for split, rows in unreadable.items():
         lost = collections.Counter(labels[split][list(rows)].tolist())
         for label, count in lost.items():
-            if not isinstance(label, str) and count == int((labels[split] == label).sum()):
-                raise InputError(f"{name}: no {split} image of class {class_names[label]} can be read: {which}")
+            if count == int((labels[split] == label).sum()) and not isinstance(label, str):
+                left_out = class_names[label]
+                raise InputError(f"{name}: no {split} image of class {left_out} can be read: {which}")
     print(f"{name}: skipped {len(sentences)} of {total:,} images, which cannot be read: {which}", flush=True)
 
 
@@ -948,8 +950,8 @@ class FileTask(Task):
     """A Task whose images {split: ImageFiles} stay in their files.
 
     Processes decode the next batches while a net computes, each image once per epoch. batch() gives what
-    Task.batch gives, whatever the number of workers, at any step; they read ahead as long as steps are asked for
-    in turn, and start anew at any other. Recipes see whole images, where a Task has only their centres.
+    Task.batch gives, whatever the number of workers, at any step; they read ahead as long as steps are asked
+    for in turn, and start anew at any other. Recipes see whole images, where a Task has only their centres.
     """
 
     def __init__(self, name, class_names, mean, std, images, fingerprint="", workers=2):
@@ -960,7 +962,7 @@ class FileTask(Task):
 
     def start_anew(self, device):
         self.device = torch.device(device)
-        self.ahead = {}                                     # {split: (what was asked for, next step, its batches)}
+        self.ahead = {}                                     # {split: (what is asked for, next step, batches)}
         self.unreadable = {split: {} for split in self.images}
 
     def to(self, device):
@@ -1023,10 +1025,10 @@ class Examples:
         return self.task.in_order(self.name, range(self.count), size)
 
 
-# The next two know nothing of the task that holds them: processes that die in a reference cycle take 5 s each to do so.
+# These two know nothing of the task that holds them: processes in a reference cycle take 5 s each to die.
 
 def keys_from(step, count, batch_size, seed, recipe, rank, world):
-    """What the batches from `step` on of a split of `count` are made of: row, recipe and random stream of each image."""
+    """What the batches from `step` on are made of: row, recipe and random stream of each image."""
     for at in itertools.count(step):
         rows = rows_of(count, at, batch_size, seed, rank, world).tolist()
         streams = chance_of(len(rows), seed, at, rank, world)
@@ -1043,11 +1045,11 @@ def decoded(dataset, keys, workers, device):
 # ----------------------------------------------------------------------------------------------------------
 # 6. Real datasets: where the files lie, which label is whose, how many there should be
 # ----------------------------------------------------------------------------------------------------------
-MASKS_MEMORY = 32                   # GiB that images with masks may take: they are cropped together, in memory only
+MASKS_MEMORY = 32                   # GiB that images with masks may take: they are cropped in memory only
 
 
 def find_all(name, data_dir):
-    """As `find`; says what differs from the whole set, stops where too much is missing, and no split is left out."""
+    """As `find`, with all splits; says what differs from the whole set, stops if too much is missing."""
     found = find(name, data_dir)
     total = sum(map(len, found.files.values())) + len(found.missing)
     if len(found.missing) > BAD_SHARE * total:
@@ -1112,7 +1114,7 @@ def differences(found, what="images"):
 
 
 def load_real(name, origin, found, classes, image_size, workers, memory):
-    """The Task `name` of what was found of a dataset or folder `origin`, in memory or, if large, in its files.
+    """The Task `name` of what was found of `origin`, a dataset or folder; if large, a FileTask.
 
     classes: keep only the images of these, labelled in the order given; None: all.
     """
@@ -1137,8 +1139,8 @@ def load_real(name, origin, found, classes, image_size, workers, memory):
         if norm:
             return Task(name, names, *norm, images, labels, fingerprint)
         return make_task(name, names, images, labels, fingerprint)
-    print(f"{name}: {need:.1f} GiB at {image_size} pixels, more than {max(memory, 0):.1f}, so {workers} processes "
-          "decode images as they are needed")
+    print(f"{name}: {need:.1f} GiB at {image_size} pixels, more than {max(memory, 0):.1f}, so {workers} "
+          "processes decode images as they are needed")
     norm = norm or measure(found, image_size, workers, origin)
     images = {split: ImageFiles(some, image_size, name, len(names)) for split, some in files.items()}
     share_splits(found, images)
@@ -1236,8 +1238,8 @@ def read_coco(paths, candidates):
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{path} is not an annotation file in COCO's format ({reason})")
         if names != (classes or names):
-            raise InputError(f"{paths['train']} and {path} list different categories, so their labels do not mean "
-                             "the same")
+            raise InputError(f"{paths['train']} and {path} list different categories, so their labels do not "
+                             "mean the same")
         classes = names
         if listed:
             files[split] = resolve(listed, candidates)
@@ -1258,7 +1260,7 @@ def read_annotations(path):
 
 
 def read_decathlon(name, base):
-    """The devkit's annotations/DOMAIN_{train,val}.json, with DOMAIN/... or data/DOMAIN/... beside or around them.
+    """The devkit's annotations/DOMAIN_{train,val}.json, with DOMAIN/ or data/DOMAIN/ beside or around them.
 
     The devkit's test list is stripped of labels; Rebuffi et al. published them since, as
     annotations/DOMAIN_test.json. TAL's tables are fractions of the val counts: val is what to compare with.
@@ -1292,9 +1294,9 @@ def read_imagenet(name, base):
     """train/ and val/; the official test/ has no labels."""
     val = os.path.join(base, "val")
     if os.path.isdir(val) and not sub_folders(val):
-        raise InputError(f"{val} is flat: its images must be moved into one folder per class, named as in train/ "
-                         "(n01440764, ...); the devkit's ILSVRC2012_validation_ground_truth.txt says which goes "
-                         "where, and the usual valprep.sh does it")
+        raise InputError(f"{val} is flat: its images must be moved into one folder per class, named as in "
+                         "train/ (n01440764, ...); the devkit's ILSVRC2012_validation_ground_truth.txt says "
+                         "which goes where, and the usual valprep.sh does it")
     folders = {}
     for split in SPLITS:
         folder = os.path.join(base, split)
@@ -1309,7 +1311,7 @@ def by_torchvision(name, base, reader, splits, **how):
     """{split: dataset} of a class of torchvision.datasets; splits: {ours: its own}."""
     try:
         return {split: reader(base, own, **how) for split, own in splits.items()}
-    except Exception as error:                              # md5 sums, pickles, MATLAB files: anything may be raised
+    except Exception as error:                              # pickles and MATLAB files may raise anything
         reason = str(error).split(". You can use download")[0] or type(error).__name__
         raise InputError(f"{name}: torchvision cannot read it in {base} ({reason.splitlines()[0]}); "
                          f"needed: {REAL[name].needed}")
@@ -1356,7 +1358,7 @@ def need_scipy(name):
     try:
         import scipy.io                                                                # noqa: F401
     except ImportError:
-        raise InputError(f"{name} lists its images in MATLAB files, which are read with scipy: pip install scipy")
+        raise InputError(f"{name} lists its images in MATLAB files, which scipy reads: pip install scipy")
 
 
 def listed_by_torchvision(name, base, reader, splits):
@@ -1387,7 +1389,7 @@ def read_fashion(name, base):
         labels = read_idx(os.path.join(base, f"{stem}-labels-idx1-ubyte"))
         files[split] = list(zip(images, labels.tolist()))
         if images.ndim != 3 or len(images) != len(labels) or labels.max() > 9:
-            raise InputError(f"{name}: the {stem} files in {base} do not belong together, or have labels above 9")
+            raise InputError(f"{name}: the {stem} files in {base} do not fit, or have labels above 9")
     return Found(FashionMNIST.classes, files)
 
 
@@ -1469,7 +1471,7 @@ def faces_in_folders(name, base):
         raise InputError(f"{name}: the folders in {base} should be {', '.join(FER)}, not "
                          f"{', '.join(found.class_names)}")
     files = {split: [(path, number[label]) for path, label in some] for split, some in found.files.items()}
-    return Found(FER, files, official=dict(classes=7, train=28709, test=7178))     # test: Public- and PrivateTest
+    return Found(FER, files, official=dict(classes=7, train=28709, test=7178))     # Public- and PrivateTest
 
 
 HAM_TABLES = ["HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab"]
@@ -1479,8 +1481,9 @@ def read_lesions(name, base):
     """There is no official split: a fifth of each class's lesions is val, with all images of these lesions.
 
     -leaky is no measure of anything: every class is repeated to the size of the largest before a fifth of the
-    copies is held out, so that val shows training images. That leaves 9,387 of 46,935 copies. TAL's accuracies can
-    be fractions of 9,387 and not of any count below 5,860, hence the guess that they come from such a split.
+    copies is held out, so that val shows training images. That leaves 9,387 of 46,935 copies. TAL's
+    accuracies can be fractions of 9,387 and not of any count below 5,860, hence the guess that they come from
+    such a split.
     """
     rows = read_table(first_file(base, HAM_TABLES), "lesion_id", "image_id", "dx")
     classes = sorted({row["dx"] for row in rows})
@@ -1497,7 +1500,7 @@ def read_lesions(name, base):
 
 
 def lesion_paths(base):
-    """{image's name: path} of the .jpg files in `base` and in its folders of images, however those are called."""
+    """{image's name: path} of the .jpg files in `base` and in its folders of images."""
     paths = []
     for entry in sorted(listing(base), key=lambda entry: entry.name):
         if entry.is_dir() and entry.name.lower().startswith(("ham10000", "images")):
@@ -1557,8 +1560,10 @@ def decathlon(domain):
     tar = f"within its data/ the {domain}.tar of decathlon-1.0-data.tar.gz"
     if domain == "imagenet12":
         tar = "beside it decathlon-1.0-data-imagenet.tar"
-    return Source(read_decathlon, ["decathlon-1.0", "decathlon", ".."], [f"annotations/{domain}_train.json"],
-                  dict(classes=classes, train=train, val=val, test=test), f"decathlon-1.0-devkit.tar.gz, and {tar}")
+    return Source(
+        read_decathlon, ["decathlon-1.0", "decathlon", ".."], [f"annotations/{domain}_train.json"],
+        dict(classes=classes, train=train, val=val, test=test),
+        f"decathlon-1.0-devkit.tar.gz, and {tar}")
 
 
 REAL = {f"decathlon/{domain}": decathlon(domain) for domain in DOMAINS}
@@ -1581,8 +1586,8 @@ REAL["food101"] = Source(
 REAL["cars"] = Source(
     read_cars, ["cars"], ["stanford_cars/devkit", "stanford_cars/train"],
     dict(classes=196, train=8144, test=8041),
-    "stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, or with train/ and "
-    "test/ that hold a folder per class")
+    "stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, or with train/ "
+    "and test/ that hold a folder per class")
 REAL["flowers102"] = Source(
     read_flowers, ["flowers102"], ["flowers-102/setid.mat"],
     dict(classes=102, train=1020, val=1020, test=6149),
@@ -1617,7 +1622,7 @@ REAL["ade20k"] = Source(
     dict(classes=150, train=20210, val=2000),
     "ADEChallengeData2016.zip, unpacked")
 
-# Mean and std by which images are normalised: the challenge's, and as in DeiT ImageNet's; else they are measured.
+# Mean and std by which images are normalised: the challenge's, or ImageNet's as in DeiT; else measured.
 NORMS = {f"decathlon/{domain}": row[4:] for domain, row in DOMAINS.items()}
 for dataset in ("imagenet", "cifar10", "cifar100", "food101", "cars", "flowers102", "flowers102-trainval",
                 "inaturalist2019", "ade20k"):
@@ -1627,7 +1632,7 @@ for dataset in ("imagenet", "cifar10", "cifar100", "food101", "cars", "flowers10
 # ----------------------------------------------------------------------------------------------------------
 # 7. Text: GPT-2's tokens, tasks of texts, GLUE's MRPC, CoLA and RTE, and IMDB
 # ----------------------------------------------------------------------------------------------------------
-END = "<|endoftext|>"               # GPT-2's only special token, the last id; it also pads, for want of another
+END = "<|endoftext|>"               # GPT-2's only special token, the last id; it also pads
 VAL_SHARE = 0.1                     # of the training texts: neither GLUE nor IMDB has a split for choosing
 
 
@@ -1735,9 +1740,9 @@ class TextTask(Task):
 
 
 def text_task(name, class_names, metric, splits, tokenizer, context):
-    """The TextTask of {split: [(text, second text or None, label)]}, a newline between the two texts of a pair.
+    """The TextTask of {split: [(text, second text or None, label)]}.
 
-    Texts are cut to `context` tokens and padded to the longest that is left.
+    A newline joins a pair; texts are cut to `context` tokens and padded to the longest that is left.
     """
     ids = {split: tokenised(name, split, rows, tokenizer) for split, rows in splits.items()}
     lengths = [len(text) for texts in ids.values() for text in texts]
@@ -1763,7 +1768,7 @@ def tokenised(name, split, rows, tokenizer):
             raise InputError(f"{name}: text {len(texts)} of {split} is empty")
         texts.append(text if second is None else f"{text}\n{second}")
     ids = []
-    for k in range(0, len(texts), 1000):                    # what the tokenizer returns is much larger than arrays
+    for k in range(0, len(texts), 1000):                    # what a tokenizer returns is larger than arrays
         ids += [np.array(some, np.int32) for some in tokenizer.encode_all(texts[k:k + 1000])]
     return ids
 
@@ -1808,7 +1813,7 @@ def check_text_name(name, data_dir):
 def read_texts(name, data_dir):
     """{split: [(text, second text or None, label)]} of a real dataset.
 
-    Texts go in the order of their hashes, for files may be sorted by class: any first n are a fair sample. The
+    Texts go in the order of their hashes, as files may be sorted by class: any first n are a fair sample. The
     first tenth of the training texts is val.
     """
     source = TEXTS[name]
@@ -1818,8 +1823,8 @@ def read_texts(name, data_dir):
         splits[split] = sorted(rows, key=lambda row: hashed(f"{name}\n{row[0]}\n{row[1]}"))
     train, test = splits["train"], splits["test"]
     if len(train) < 2 or not test:
-        raise InputError(f"{name}: {len(train)} training and {len(test)} test texts in {base}; it takes 2 and 1; "
-                         f"needed: {source.needed}")
+        raise InputError(f"{name}: {len(train)} training and {len(test)} test texts in {base}; it takes 2 "
+                         f"and 1; needed: {source.needed}")
     val = max(1, round(VAL_SHARE * len(train)))
     return {"train": train[val:], "val": train[:val], "test": test}
 
@@ -1834,23 +1839,20 @@ def text_differences(name, splits):
 
 # GLUE and IMDB
 
-@dataclass
-class Table:
+class Table(NamedTuple):
     """One of GLUE's tables, in tab-separated columns in which a quote is only a quote."""
     header: list                    # its first line, if it has one
+    columns: int
     label: int                      # column of the label
     texts: tuple                    # columns of the sentences
     words: tuple                    # labels as they stand there, in the order of the classes
 
-    @property
-    def width(self):
-        return max(self.label, *self.texts) + 1
-
 
 GLUE = {
-    "mrpc": Table(["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], 0, (3, 4), ("0", "1")),
-    "cola": Table([], 1, (3,), ("0", "1")),
-    "rte": Table(["index", "sentence1", "sentence2", "label"], 3, (1, 2), ("entailment", "not_entailment")),
+    "mrpc": Table(["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], 5, 0, (3, 4), ("0", "1")),
+    "cola": Table([], 4, 1, (3,), ("0", "1")),
+    "rte": Table(["index", "sentence1", "sentence2", "label"], 4, 3, (1, 2),
+                 ("entailment", "not_entailment")),
 }
 
 
@@ -1874,8 +1876,8 @@ def read_tsv(name, path):
 def sentences(name, where, columns):
     """(sentence, second sentence or None, label) of a line of one of GLUE's tables."""
     table = GLUE[name]
-    if len(columns) != table.width:
-        raise InputError(f"{where}: {len(columns)} columns separated by tabs, where {name} has {table.width}")
+    if len(columns) != table.columns:
+        raise InputError(f"{where}: {len(columns)} columns split by tabs, where {name} has {table.columns}")
     word = columns[table.label]
     if word not in table.words:
         raise InputError(f"{where}: the label {word!r} is none of {', '.join(table.words)}")
@@ -1993,7 +1995,7 @@ def one_of_each(task, columns):
     """Rows of val, an image of each of `columns` classes; if there are fewer, the next image of a class."""
     labels = task.labels["val"]
     classes = min(columns, task.num_classes)
-    stride = task.num_classes // classes                    # k % stride: not the same fill and palette all along
+    stride = task.num_classes // classes                    # k % stride: not the same fill all along
     order = [k % classes * task.num_classes // classes + k % stride for k in range(columns)]
     images_of = {label: itertools.cycle((labels == label).nonzero()[:, 0].tolist()) for label in order}
     return [next(images_of[label]) for label in order]
@@ -2008,12 +2010,13 @@ def save_grid(images, path, columns):
 def difficulty(task):
     """Test accuracy (%) of a linear model on pixels, and of a ViT of width 48, depth 3, patches of 1/4."""
     if task.segmentation:
-        raise InputError(f"--difficulty compares classifiers of images, but {task.name} has a class for every "
-                         "pixel: leave it out")
+        raise InputError(f"--difficulty compares classifiers of images, but {task.name} has a class for "
+                         "every pixel: leave it out")
     torch.manual_seed(0)
     size = task.images["train"].shape[-1]
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, task.num_classes))
-    config = ViTConfig(size, size // 4, width=48, depth=3, heads=6, num_classes=task.num_classes, pooling="avg")
+    config = ViTConfig(size, size // 4, width=48, depth=3, heads=6, num_classes=task.num_classes,
+                       pooling="avg")
     steps = max(1250, len(task.labels["train"]) // 16)      # at least 80,000 images and at least four epochs
     fit(linear, task, steps=1500, batch_size=256, lr=1e-3, weight_decay=0.1, recipe="none")
     vit = fit(ViT(config), task, steps, batch_size=64, lr=2e-3, weight_decay=0.05, recipe="shift")
@@ -2058,7 +2061,7 @@ def check(name, data_dir, image_size, workers, output, limit=2000):
 
 
 def check_images(name, found, image_size, workers, limit):
-    """Read the first `limit` images of every split, say how fast that goes; returns the first ones of each."""
+    """Read the first `limit` images of every split and say how fast that is; returns the first ones."""
     shown, unreadable, labels = [], {}, {}
     for split, files in found.files.items():
         files = files[:limit]
@@ -2069,9 +2072,8 @@ def check_images(name, found, image_size, workers, limit):
         shown += images[:40]
         if split == "train":
             how = f"with {workers} workers" if len(files) > 500 else "in this process"
-            size = sum(source.nbytes if isinstance(source, np.ndarray) else size_of(source) for source, _ in files)
             print(f"  {len(files):,} training images decoded to {image_size} pixels: "
-                  f"{len(files) / seconds:,.0f} images/s, {size / seconds / 1e6:,.1f} MB/s {how}")
+                  f"{len(files) / seconds:,.0f} images/s {how}")
             mean, std = norm_of(name, images)
             print(f"  their mean {mean}, std {std}; used: {NORMS.get(name, 'those of the training images')}")
     report_unreadable(name, unreadable, labels, found.class_names)
@@ -2083,11 +2085,13 @@ def check_texts(name, data_dir, tokens):
     source = TEXTS[name]
     tokenizer = Tokenizer(tokens)
     splits = read_texts(name, data_dir)
-    print(f"{name}: {len(source.class_names)} classes ({', '.join(source.class_names)}), scored by {source.metric}; "
+    print(f"{name}: {len(source.class_names)} classes ({', '.join(source.class_names)}), "
+          f"scored by {source.metric}; "
           f"official: {source.official['train']:,} / {source.official['test']:,} (train / test); "
           f"val is {VAL_SHARE:.0%} of train")
     for split, rows in splits.items():
-        label, count = collections.Counter(label for _, _, label in rows).most_common(1)[0]
+        counts = np.bincount([label for _, _, label in rows])
+        label, count = counts.argmax(), counts.max()
         longest = max(map(len, tokenised(name, split, rows, tokenizer)))
         print(f"  {split}: {len(rows):,} texts, {count:,} of them ({count / len(rows):.1%}) "
               f"{source.class_names[label]}; the longest has {longest:,} tokens")
@@ -2129,7 +2133,7 @@ def parse(argv):
     add("--image-size", type=positive, default=32, help="side of the drawn images in pixels")
     add("--seed", type=whole, default=0, help="seed of the drawn images")
     add("--workers", type=positive, default=2, help="threads that draw, processes that read folders")
-    add("--tokens", default="", help="--check of texts: folder with GPT-2's vocab.json and merges.txt [bytes]")
+    add("--tokens", default="", help="--check of texts: folder of GPT-2's vocab.json and merges.txt [bytes]")
     args = parser.parse_args(argv)
     if not args.output:
         sheet = f"runs/check-{file_name(os.path.normpath(args.check))}.png" if args.check else None
@@ -2143,26 +2147,26 @@ def parse(argv):
 # Appendix A. Drawn images
 # ----------------------------------------------------------------------------------------------------------
 # Same seed, same bytes, on every machine. Per-pixel work is float32 with + - * / sqrt abs floor min max and
-# comparisons only, which IEEE 754 fixes to the last bit; no matrix product or sum whose order a library may choose.
-# sin and cos are taken of a few numbers per image and rounded at once, before the libraries' last bits can show.
-# Every chunk of images has a random stream of its own, [seed, task, split, chunk], so neither the number of workers
-# nor the order of work matters. Coordinates run over [-1, 1] whatever the image size: 64 x 64 shows the same scenes
-# as 32 x 32, drawn finer. What a class looks like does not depend on the seed.
+# comparisons only, which IEEE 754 fixes to the last bit; no matrix product or sum whose order a library may
+# choose. sin and cos are taken of a few numbers per image and rounded at once, before the libraries' last
+# bits can show. Every chunk of images has a random stream of its own, [seed, task, split, chunk], so neither
+# the number of workers nor the order of work matters; the order in which a function draws its random numbers
+# does. Coordinates run over [-1, 1] whatever the image size: 64 x 64 shows the same scenes as 32 x 32, drawn
+# finer. What a class looks like does not depend on the seed.
 #
-# A number per image has shape (n, 1, 1), a field of numbers per pixel (n, S, S), a colour (n, 3, 1, 1). y points
-# down. The order in which a function draws its random numbers is part of the drawing.
+# A number per image has shape (n, 1, 1), a field of numbers per pixel (n, S, S), a colour (n, 3, 1, 1); y
+# points down.
 
 DRAWN_VERSION = 1                   # part of the cache's file names: raise it when any drawing changes
-CHUNK = 125                         # images drawn at a time from one random stream; its arrays fit a core's cache
+CHUNK = 125                         # images drawn at a time from one random stream; they fit a core's cache
 f4 = np.float32
 
 
-@dataclass
-class Pose:
-    """A turned, scaled and shifted frame in each image."""
-    u: np.ndarray                   # local coordinates (n, S, S)
+class Pose(NamedTuple):
+    """A frame in each image: local coordinates u and v (n, S, S), width of a pixel in them (n, 1, 1)."""
+    u: np.ndarray
     v: np.ndarray
-    edge: np.ndarray                # width of a pixel in them (n, 1, 1)
+    edge: np.ndarray
 
 
 def exact(values):
@@ -2171,7 +2175,7 @@ def exact(values):
 
 
 class Canvas:
-    """n images of size x size being drawn: pixels (n, 3, S, S) in [0, 1], coordinates x and y, a random stream."""
+    """n images being drawn: pixels (n, 3, S, S) in [0, 1], coordinates x and y, a random stream."""
 
     def __init__(self, n, size, rng):
         axis = (np.arange(size, dtype=f4) + 0.5) * f4(2 / size) - 1
@@ -2191,11 +2195,9 @@ class Canvas:
         return self.rng.integers(k, size=self.n)
 
     def pose(self, shift, turn, scale):
-        """A frame at a random place (up to shift), angle (up to turn radians) and scale (low, high) per image."""
-        angle = self.uniform(-turn, turn)
-        scale = self.uniform(*scale)
-        x = self.uniform(-shift, shift)
-        y = self.uniform(-shift, shift)
+        """A frame at a random place (up to shift), angle (up to turn radians) and scale (low, high)."""
+        angle, scale = self.uniform(-turn, turn), self.uniform(*scale)
+        x, y = self.uniform(-shift, shift), self.uniform(-shift, shift)
         return self.frame(x, y, angle, scale)
 
     def frame(self, x, y, angle, scale):
@@ -2224,9 +2226,8 @@ class Canvas:
         self.pixels = first + (second - first) * self.noise(cells)[:, None]
 
     def finish(self, grain=0.03, light=0.15):
-        """Uneven light, pixel noise and bytes. The noise is drawn last: nothing else then depends on the size."""
-        across = self.uniform(-light, light)
-        down = self.uniform(-light, light)
+        """Uneven light, pixel noise and bytes. The noise comes last: nothing else depends on the size."""
+        across, down = self.uniform(-light, light), self.uniform(-light, light)
         self.pixels *= (1 + across * self.x + down * self.y)[:, None]
         noise = self.rng.random((self.n, 1, self.size, self.size), dtype=f4)
         self.pixels += (noise - 0.5) * f4(2 * grain)
@@ -2251,7 +2252,7 @@ def grey(value):
 
 
 def contrast(c, gap=0.35, bright=0.7):
-    """Brightness of figure and ground, at least gap apart; the figure is the brighter one with chance `bright`.
+    """Brightness of figure and ground, at least gap apart; the figure is the brighter with chance `bright`.
 
     That the sign varies is what a linear model on pixels fails on, while the eye hardly notices.
     """
@@ -2296,10 +2297,6 @@ def union(*distances):
     return np.minimum.reduce(distances)
 
 
-def common_part(*distances):
-    return np.maximum.reduce(distances)
-
-
 def box(u, v, left, right, top, bottom):
     return np.maximum(np.maximum(left - u, u - right), np.maximum(top - v, v - bottom))
 
@@ -2308,7 +2305,7 @@ def polygon(u, v, corners, radius, start=0.0):
     """A regular polygon; start turns its first side, in fractions of a turn (0 is to the right)."""
     angles = 2 * np.pi * (start + np.arange(corners) / corners)
     sides = [u * c + v * s for c, s in zip(exact(np.cos(angles)), exact(np.sin(angles)))]
-    return common_part(*sides) - radius
+    return np.maximum.reduce(sides) - radius
 
 
 def tapered(u, v, top_width, bottom_width, top, bottom):
@@ -2329,45 +2326,10 @@ def star(u, v, points=5, outer=0.95, sharp=0.38):
     return union(*kites)
 
 
-def cross(u, v):
-    bars = np.minimum(abs(u), abs(v)) - 0.26
-    return np.maximum(bars, np.maximum(abs(u), abs(v)) - 0.85)
-
-
 def heart(u, v):
     u, v = abs(u), v + 0.12
     lobes = length(u - 0.4, v + 0.28) - 0.46
     return np.minimum(lobes, np.maximum((u + v) * 0.707 - 0.6, -v - 0.28 + 0.1 * u))
-
-
-def arrow(u, v):
-    shaft = box(u, v, -0.8, 0.1, -0.24, 0.24)
-    tip = np.maximum(abs(v) * 0.75 + u * 0.66 - 0.55, -0.05 - u)
-    return union(shaft, tip)
-
-
-def drop(u, v):
-    ball = length(u, v - 0.25) - 0.55
-    return union(ball, np.maximum(abs(u) * 0.889 - (v + 0.95) * 0.458, v))
-
-
-def kite(u, v):
-    upper = abs(u) * 0.764 - (v + 0.25) * 0.646 - 0.42
-    lower = abs(u) * 0.909 + (v + 0.25) * 0.417 - 0.5
-    return np.maximum(upper, lower)
-
-
-def arch(u, v):
-    outside = union(length(u, v + 0.1) - 0.78, box(u, v, -0.78, 0.78, -0.1, 0.8))
-    inside = union(length(u, v + 0.1) - 0.36, box(u, v, -0.36, 0.36, -0.1, 1.0))
-    return np.maximum(outside, -inside)
-
-
-def stairs(u, v):
-    low = box(u, v, -0.8, 0.8, 0.27, 0.8)
-    middle = box(u, v, -0.8, 0.27, -0.27, 0.8)
-    high = box(u, v, -0.8, -0.27, -0.8, 0.8)
-    return union(low, middle, high)
 
 
 SHAPES = {
@@ -2376,20 +2338,26 @@ SHAPES = {
     "triangle": lambda u, v: polygon(u, v - 0.15, 3, 0.5, 0.25),
     "star": star,
     "ring": lambda u, v: abs(length(u, v) - 0.6) - 0.24,
-    "cross": cross,
+    "cross": lambda u, v: np.maximum(np.minimum(abs(u), abs(v)) - 0.26, np.maximum(abs(u), abs(v)) - 0.85),
     "heart": heart,
     "moon": lambda u, v: np.maximum(length(u, v) - 0.85, 0.68 - length(u - 0.42, v)),
     "hourglass": lambda u, v: np.maximum((abs(u) - abs(v)) * 0.8 - 0.08, abs(v) - 0.75),
-    "arrow": arrow,
+    "arrow": lambda u, v: union(box(u, v, -0.8, 0.1, -0.24, 0.24),
+                                np.maximum(abs(v) * 0.75 + u * 0.66 - 0.55, -0.05 - u)),
 }
 NEW_SHAPES = {                      # of the near tasks: none of them is in base, objects or wide
-    "drop": drop,
+    "drop": lambda u, v: union(length(u, v - 0.25) - 0.55,
+                               np.maximum(abs(u) * 0.889 - (v + 0.95) * 0.458, v)),
     "half disc": lambda u, v: np.maximum(length(u, v - 0.4) - 0.88, v - 0.4),
-    "kite": kite,
+    "kite": lambda u, v: np.maximum(abs(u) * 0.764 - (v + 0.25) * 0.646 - 0.42,
+                                    abs(u) * 0.909 + (v + 0.25) * 0.417 - 0.5),
     "tee": lambda u, v: union(box(u, v, -0.8, 0.8, -0.8, -0.3), box(u, v, -0.25, 0.25, -0.8, 0.85)),
     "bucket": lambda u, v: tapered(u, v, 0.82, 0.42, -0.65, 0.65),
-    "arch": arch,
-    "stairs": stairs,
+    "arch": lambda u, v: np.maximum(union(length(u, v + 0.1) - 0.78, box(u, v, -0.78, 0.78, -0.1, 0.8)),
+                                    -union(length(u, v + 0.1) - 0.36, box(u, v, -0.36, 0.36, -0.1, 1.0))),
+    "stairs": lambda u, v: union(box(u, v, -0.8, 0.8, 0.27, 0.8),
+                                 box(u, v, -0.8, 0.27, -0.27, 0.8),
+                                 box(u, v, -0.8, -0.27, -0.8, 0.8)),
     "dumbbell": lambda u, v: union(length(abs(u) - 0.55, v) - 0.38, box(u, v, -0.55, 0.55, -0.17, 0.17)),
 }
 ALL_SHAPES = [*SHAPES.values(), *NEW_SHAPES.values()]
@@ -2437,10 +2405,10 @@ TAIL_CLASSES = [(s, t, p) for s in range(12, 18) for t in (1, 3) for p in (0, 1)
 
 
 def tail_pattern():
-    """Labels of the training images of tail: from 373 images of a class down to 21, every stretch a fair sample."""
+    """Training labels of tail: from 373 images of a class down to 21, every stretch a fair sample."""
     places = []
     for label in range(24):
-        rank = 7 * label % 24                               # not shape by shape: 7 has no factor in common with 24
+        rank = 7 * label % 24                               # not shape by shape: 7 and 24 are coprime
         count = round(373 * 18 ** (-rank / 23))
         places += [((k + 0.5) / count, label) for k in range(count)]
     return [label for _, label in sorted(places)]
@@ -2458,12 +2426,11 @@ def draw_things(c, labels, classes, bright, strong):
 
 
 def paint_thing(c, p, shape, fill, hue, strong, near, far):
-    """Paint a filled shape of brightness near on a ground of brightness far; returns how much of each pixel it covers."""
+    """Paint a filled shape of brightness near on a ground of brightness far; returns its cover of pixels."""
     inside = cover(by_kind(ALL_SHAPES, shape, p.u, p.v), p.edge)
     c.paint(inside, hsv(hue, c.uniform(*strong), near))
     second = hsv(hue + c.uniform(-0.05, 0.05), 0.5, either(near > far, near * 0.35, near + 0.5))
-    u = p.u + c.uniform(0, 0.08)
-    v = p.v + c.uniform(0, 0.08)
+    u, v = p.u + c.uniform(0, 0.08), p.v + c.uniform(0, 0.08)
     c.paint(inside * fill_pattern(u, v, fill, p.edge), second)
     return inside
 
@@ -2489,19 +2456,16 @@ SCENE_SHAPES = 8                    # the first of SHAPES; the class after them 
 
 
 def draw_scenes(c, labels):
-    """3 to 5 things painted over one another; their classes per pixel are channel 3. The labels given are not used.
+    """3 to 5 things painted over one another; their classes per pixel are channel 3. `labels` are not used.
 
     A thing's edge is soft: where it covers a pixel neither nearly nor hardly at all, the class is IGNORED.
     """
-    far = c.uniform(0.35, 0.6)
-    ground = c.uniform(0, 1)
+    far, ground = c.uniform(0.35, 0.6), c.uniform(0, 1)
     count = 3 + per_image(c.pick(3))
     c.background(hsv(ground, c.uniform(0.1, 0.6), far), hsv(ground, 0.4, far * 0.85))
     mask = np.full((c.n, c.size, c.size), SCENE_SHAPES, np.uint8)
     for k in range(5):
-        shape = c.pick(SCENE_SHAPES)
-        fill = per_image(c.pick(4))
-        palette = c.coin()
+        shape, fill, palette = c.pick(SCENE_SHAPES), per_image(c.pick(4)), c.coin()
         near = far + either(c.coin(), c.uniform(0.3, 0.4), c.uniform(-0.3, -0.25))
         hue = either(palette, c.uniform(-0.06, 0.16), c.uniform(0.44, 0.72))
         x = either(k < count, c.uniform(-0.75, 0.75), 9)    # 9: out of sight
@@ -2554,10 +2518,8 @@ def draw_aircraft(c, labels):
     near, far = contrast(c, 0.3)
     hue = c.uniform(0, 1)
     c.background(hsv(hue, c.uniform(0.2, 0.6), far), hsv(hue + c.uniform(-0.1, 0.1), 0.4, far * 0.85))
-    angle = c.uniform(-1.88, -1.26)
-    scale = c.uniform(0.87, 0.97)
-    x = c.uniform(-0.05, 0.05)
-    y = c.uniform(-0.05, 0.05)
+    angle, scale = c.uniform(-1.88, -1.26), c.uniform(0.87, 0.97)
+    x, y = c.uniform(-0.05, 0.05), c.uniform(-0.05, 0.05)
     p = c.frame(x + c.uniform(-0.15, 0.15), y + 0.14, angle, scale)
     c.paint(cover(aircraft(p, labels), p.edge + 0.08) * c.uniform(0, 0.3), 0)          # its shadow
     p = c.frame(x, y, angle, scale)
@@ -2578,8 +2540,7 @@ def draw_objects(c, labels):
     ground = c.uniform(0, 1)
     c.background(hsv(ground, 0.35, far), hsv(ground, 0.4, far * 0.9))
     for side, kind in ((-0.47, labels // 6), (0.47, labels % 6)):
-        x = c.uniform(-0.04, 0.04) + side
-        y = c.uniform(-0.08, 0.08)
+        x, y = c.uniform(-0.04, 0.04) + side, c.uniform(-0.08, 0.08)
         p = c.frame(x, y, c.uniform(-0.12, 0.12), c.uniform(0.5, 0.55))
         distance = by_kind(ALL_SHAPES, np.array(OBJECT_SHAPES)[kind], p.u, p.v)
         c.paint(cover(distance, p.edge), hsv(c.uniform(0, 1), c.uniform(0.2, 0.6), near))
@@ -2597,34 +2558,24 @@ def limbs(c, *segments):
 
 
 def draw_pedestrian(c, labels):
-    """Grey. Class 1 is a walker; class 0 is a lamp post, sign or bare tree of as many strokes and the same dot."""
+    """Grey. Class 1 is a walker; class 0 a lamp post or bare tree of as many strokes and the same dot."""
     near, far = contrast(c, 0.35)
     c.background(grey(far), grey(far * 0.7), 4)
     wall = cover(abs(c.x - c.uniform(-1, 1)) - c.uniform(0.03, 0.15), c.pixel)
     c.paint(wall, grey(c.uniform(0.1, 0.9)))
     p = c.pose(0.12, 0.08, (0.78, 0.97))
-    lean = c.uniform(-0.06, 0.06)
-    spread = c.uniform(-0.1, 0.1)
-    stride = c.uniform(-0.35, 0.35)
-    swing = c.uniform(-0.3, 0.3)
-    walker = limbs(
-        c,
-        (lean, -0.45, 0, 0.15),                             # trunk
-        (0, 0.15, stride, 0.9),                             # legs
-        (0, 0.15, spread - stride, 0.9),
-        (lean, -0.4, lean + swing + 0.15, 0.1),             # arms
-        (lean, -0.4, lean - swing - 0.15, 0.1))
-    fork = c.uniform(-0.5, 0.5)
-    high = c.uniform(-0.5, 0.4)
-    post = limbs(
-        c,
-        (0, -0.9, 0, 0.9),
-        (0, high, fork, high - 0.3),                        # branches
-        (0, high, -fork, high - 0.3),
-        (0, high + 0.25, fork * 0.7, high),
-        (0, 0.5, 0, 0.9))
+    lean, spread = c.uniform(-0.06, 0.06), c.uniform(-0.1, 0.1)
+    stride, swing = c.uniform(-0.35, 0.35), c.uniform(-0.3, 0.3)
+    trunk = (lean, -0.45, 0, 0.15)
+    legs = (0, 0.15, stride, 0.9), (0, 0.15, spread - stride, 0.9)
+    arms = (lean, -0.4, lean + swing + 0.15, 0.1), (lean, -0.4, lean - swing - 0.15, 0.1)
+    walker = limbs(c, trunk, *legs, *arms)
+    fork, high = c.uniform(-0.5, 0.5), c.uniform(-0.5, 0.4)
+    post = (0, -0.9, 0, 0.9), (0, 0.5, 0, 0.9)
+    branches = (0, high, fork, high - 0.3), (0, high, -fork, high - 0.3), (0, high + 0.25, fork * 0.7, high)
+    tree = limbs(c, *post, *branches)
     yes = per_image(labels == 1)
-    body = ink(p.u, p.v, np.where(yes, walker, post)) - either(yes, 0.11, 0.09)
+    body = ink(p.u, p.v, np.where(yes, walker, tree)) - either(yes, 0.11, 0.09)
     head_x = either(yes, lean, fork)
     head_y = either(yes, -0.73, c.uniform(-0.8, 0.2))
     head = length(p.u - head_x, p.v - head_y) - 0.17
@@ -2680,7 +2631,7 @@ SYMBOLS = {"arrow": "48 40/04 40 84", "bar": "04 84", "bend": "18 14 74/50 84 58
            "post": "40 45/48 48", "chevron": "10 64 18", "fork": "48 44 00/44 80", "bumps": "07 23 47 63 87"}
 SIGNS = [f"{plate} with {symbol}" for plate in PLATES for symbol in SYMBOLS]
 SYMBOL_STROKES = strokes(*SYMBOLS.values())
-SIGN_HUES = np.array([0.99, 0.6, 0.13, 0.38], f4)           # red, blue, yellow, green; they say nothing of the class
+SIGN_HUES = np.array([0.99, 0.6, 0.13, 0.38], f4)           # red, blue, yellow, green, whatever the class
 
 
 def draw_signs(c, labels):
@@ -2689,9 +2640,7 @@ def draw_signs(c, labels):
     p = c.pose(0.06, 0.1, (0.85, 0.98))
     plate = by_kind(list(PLATES.values()), labels // 8, p.u, p.v)
     hue = per_image(SIGN_HUES[c.pick(4)]) + c.uniform(-0.03, 0.03)
-    bright = c.uniform(0.6, 1)
-    strong = c.uniform(0.65, 0.95)
-    pale = c.uniform(0, 0.12)
+    bright, strong, pale = c.uniform(0.6, 1), c.uniform(0.65, 0.95), c.uniform(0, 0.12)
     inverted = c.coin()[:, None]
     colour = hsv(hue, strong, bright * 0.85)
     white = hsv(0.12, pale, bright)
@@ -2718,7 +2667,7 @@ def random_glyph(rng):
 
 
 def glyph_strokes(count=100, candidates=1500):
-    """Stroke characters (count, 7, 4): of many random ones, each next one is the most unlike those chosen before."""
+    """Stroke characters (count, 7, 4): of many random ones, each next is the most unlike those before."""
     rng = np.random.default_rng(7)
     found = np.array([random_glyph(rng) for _ in range(candidates)], f4)
     c = Canvas(candidates, 10, rng)
@@ -2800,13 +2749,11 @@ def draw_motion(c, labels):
     c.background(hsv(c.uniform(0, 1), 0.06, 0.55), grey(c.uniform(0.4, 0.5)), 4)
     p = c.pose(0.12, 0.15, (0.65, 0.85))
     points = PATH_POINTS[labels // 2] + c.uniform(-0.05, 0.05, 1, 2)
-    radius = c.uniform(0.22, 0.32)
-    count = points.shape[1]
+    radius, count = c.uniform(0.22, 0.32), points.shape[1]
     track = np.zeros((c.n, c.size, c.size), f4)
     for k in range(count):
         age = per_image(either(labels % 2 == 0, k, count - 1 - k)) / (count - 1)
-        dx = p.u - per_image(points[:, k, 0])
-        dy = p.v - per_image(points[:, k, 1])
+        dx, dy = p.u - per_image(points[:, k, 0]), p.v - per_image(points[:, k, 1])
         near = np.maximum(1 - (dx * dx + dy * dy) / (radius * radius), 0)
         track = np.maximum(track, near * (0.12 + 0.88 * age))
     for _ in range(2):                                      # other bodies that move on the spot
@@ -2870,52 +2817,30 @@ def sleeves(u, v, reach, drop):
 
 
 def opening(u, v, top, gap, slope):
-    """Negative outside a slit that begins at height top and widens downwards: np.maximum(shape, opening) cuts it out."""
+    """Negative outside a slit from height top down: np.maximum(shape, opening) cuts it out."""
     return np.minimum(gap + slope * (v - top) - abs(u), v - top)
-
-
-def coat(u, v):
-    body = np.maximum(tapered(u, v, 0.4, 0.52, -0.9, 0.92), opening(u, v, -0.3, 0.05, 0.05))
-    return union(body, sleeves(u, v, 0.85, 2.2))
-
-
-def sandal(u, v):
-    sole = box(u, v, -0.9, 0.9, 0.42, 0.58)
-    straps = abs(abs(v - 0.1) - 0.6 * abs(u - 0.1)) - 0.09
-    return union(sole, np.maximum(abs(u - 0.1) - 0.6, straps))
-
-
-def shirt(u, v):
-    body = union(tapered(u, v, 0.42, 0.42, -0.85, 0.75), sleeves(u, v, 0.88, 1.6))
-    return np.maximum(body, opening(u, -v, 0.35, 0.0, 0.4))
-
-
-def sneaker(u, v):
-    sole = box(u, v, -0.9, 0.9, 0.25, 0.55)
-    return union(sole, np.maximum(box(u, v, -0.9, 0.5, -0.25, 0.4), u * 0.6 - v - 0.1))
-
-
-def bag(u, v):
-    handle = np.maximum(abs(length(u * 0.9, v + 0.15) - 0.5) - 0.09, v)
-    return union(tapered(u, v, 0.7, 0.8, -0.15, 0.75), handle)
-
-
-def boot(u, v):
-    leg = box(u, v, -0.6, 0.05, -0.9, 0.8)
-    return union(leg, np.maximum(box(u, v, -0.6, 0.75, 0.3, 0.8), u * 0.5 - v + 0.2))
 
 
 CLOTHES = {
     "t-shirt": lambda u, v: union(tapered(u, v, 0.42, 0.42, -0.85, 0.75), sleeves(u, v, 0.8, 0.45)),
-    "trousers": lambda u, v: np.maximum(tapered(u, v, 0.36, 0.5, -0.9, 0.9), opening(u, v, -0.35, 0.04, 0.12)),
+    "trousers": lambda u, v: np.maximum(tapered(u, v, 0.36, 0.5, -0.9, 0.9),
+                                        opening(u, v, -0.35, 0.04, 0.12)),
     "pullover": lambda u, v: union(tapered(u, v, 0.42, 0.42, -0.8, 0.7), sleeves(u, v, 0.88, 2.2)),
     "dress": lambda u, v: union(tapered(u, v, 0.3, 0.2, -0.9, -0.1), tapered(u, v, 0.2, 0.62, -0.1, 0.9)),
-    "coat": coat,
-    "sandal": sandal,
-    "shirt": shirt,
-    "sneaker": sneaker,
-    "bag": bag,
-    "boot": boot,
+    "coat": lambda u, v: union(np.maximum(tapered(u, v, 0.4, 0.52, -0.9, 0.92),
+                                          opening(u, v, -0.3, 0.05, 0.05)),
+                               sleeves(u, v, 0.85, 2.2)),
+    "sandal": lambda u, v: union(box(u, v, -0.9, 0.9, 0.42, 0.58),
+                                 np.maximum(abs(u - 0.1) - 0.6,
+                                            abs(abs(v - 0.1) - 0.6 * abs(u - 0.1)) - 0.09)),
+    "shirt": lambda u, v: np.maximum(union(tapered(u, v, 0.42, 0.42, -0.85, 0.75), sleeves(u, v, 0.88, 1.6)),
+                                     opening(u, -v, 0.35, 0.0, 0.4)),
+    "sneaker": lambda u, v: union(box(u, v, -0.9, 0.9, 0.25, 0.55),
+                                  np.maximum(box(u, v, -0.9, 0.5, -0.25, 0.4), u * 0.6 - v - 0.1)),
+    "bag": lambda u, v: union(tapered(u, v, 0.7, 0.8, -0.15, 0.75),
+                              np.maximum(abs(length(u * 0.9, v + 0.15) - 0.5) - 0.09, v)),
+    "boot": lambda u, v: union(box(u, v, -0.6, 0.05, -0.9, 0.8),
+                               np.maximum(box(u, v, -0.6, 0.75, 0.3, 0.8), u * 0.5 - v + 0.2)),
 }
 
 
@@ -2934,7 +2859,7 @@ def draw_clothing(c, labels):
 
 # faces
 
-EXPRESSIONS = {     # mouth: curve (smile > 0), opening, width; brow: height, tilt (frown > 0); opening of the eyes
+EXPRESSIONS = {     # mouth: curve (smile > 0), opening, width; brow: height, tilt (frown > 0); eyes: opening
     "neutral": (0.0, 0.02, 0.3, 0.0, 0.0, 0.1),
     "happy": (0.7, 0.08, 0.38, 0.03, 0.0, 0.08),
     "sad": (-0.6, 0.02, 0.28, 0.0, -0.45, 0.08),
@@ -2975,18 +2900,17 @@ def draw_faces(c, labels):
 # lesions
 
 LESIONS = ("nevus", "melanoma", "keratosis", "carcinoma", "scaly patch", "vascular", "fibroma")
-LESION_PATTERN = (0, 1, 2, 3, 0, 4, 5, 0, 6, 2, 0, 1, 0, 3, 0, 2, 1, 0, 4, 0)          # mostly nevi, as in HAM10000
+LESION_PATTERN = (0, 1, 2, 3, 0, 4, 5, 0, 6, 2, 0, 1, 0, 3, 0, 2, 1, 0, 4, 0)      # mostly nevi, as HAM10000
 ROUGHNESS = np.array([0.05, 0.75, 0.25, 0.1, 0.5, 0.1, 0.1], f4)
 
 
 def draw_lesions(c, labels):
-    """Class = build (even, patchy, speckled, ringed, ...), never the colour alone: skin, light and tint vary."""
+    """Class = build (even, patchy, speckled, ringed ...), never colour alone: skin, light and tint vary."""
     tone = c.uniform(0.4, 0.95)
     c.background(hsv(c.uniform(0.03, 0.08), c.uniform(0.25, 0.5), tone), hsv(0.04, 0.4, tone * 0.9))
     kind = per_image(labels)
     p = c.pose(0.08, 3.1, (0.8, 1.0))
-    ragged = c.noise(5) - 0.5
-    fine = c.noise(8) - 0.5
+    ragged, fine = c.noise(5) - 0.5, c.noise(8) - 0.5
     d = length(p.u * c.uniform(1, 1.35), p.v) - c.uniform(0.55, 0.72) + ROUGHNESS[kind] * ragged
     tint = hsv(c.uniform(-0.02, 0.08), c.uniform(0.4, 0.75), tone * c.uniform(0.35, 0.65))
     inside = cover(d, p.edge + either(kind == 4, 0.35, 0.06))
@@ -3024,12 +2948,12 @@ class Drawing(NamedTuple):
     masks: bool = False
 
 
-# Kinds are pale: plain things in strong colours give themselves away to a linear model (97 %), whichever is brighter.
 SPECS = {
     "base": Drawing("ImageNet", *things(BASE_CLASSES), (24000, 1000, 2000)),
     "aircraft": Drawing("FGVC-Aircraft", draw_aircraft, AIRCRAFT, (5000, 500, 1000)),
     "objects": Drawing("CIFAR-100", draw_objects, OBJECTS, (8000, 500, 1000)),
-    "pedestrian": Drawing("Daimler pedestrians", draw_pedestrian, ["street", "pedestrian"], (4000, 500, 1000)),
+    "pedestrian": Drawing("Daimler pedestrians", draw_pedestrian, ["street", "pedestrian"],
+                          (4000, 500, 1000)),
     "textures": Drawing("Describable Textures", draw_textures, list(TEXTURES), (4000, 500, 1000)),
     "signs": Drawing("German Traffic Signs", draw_signs, SIGNS, (6000, 500, 1000)),
     "glyphs": Drawing("Omniglot", draw_glyphs, [f"glyph {k}" for k in range(100)], (8000, 500, 1000)),
@@ -3041,12 +2965,15 @@ SPECS = {
     "lesions": Drawing("HAM10000 (unseen; train skewed)", draw_lesions, list(LESIONS), (6000, 500, 1000),
                        LESION_PATTERN),
     "wide": Drawing("a broad base, streamed in subsets", *things(WIDE_CLASSES), (40000, 2000, 4000)),
-    "kinds": Drawing("CIFAR-10 (near: new shapes)", *things(KINDS_CLASSES, 0.5, (0.15, 0.4)), (2000, 500, 1000)),
+    # Pale: plain things in strong colours give themselves away to a linear model (97 %), dark or bright.
+    "kinds": Drawing("CIFAR-10 (near: new shapes)", *things(KINDS_CLASSES, 0.5, (0.15, 0.4)),
+                     (2000, 500, 1000)),
     "variety": Drawing("CIFAR-100 (near)", *things(VARIETY_CLASSES), (4000, 500, 1000)),
-    "tail": Drawing("iNaturalist (near; train skewed)", *things(TAIL_CLASSES), (3000, 500, 1000), tail_pattern()),
-    "scenes": Drawing("ADE20K (a class for every pixel)", draw_scenes, [*SHAPE_NAMES[:SCENE_SHAPES], "background"],
-                      (800, 100, 200), masks=True),
-}                                   # only ever add at the end: a task's place in the list is part of its random stream
+    "tail": Drawing("iNaturalist (near; train skewed)", *things(TAIL_CLASSES), (3000, 500, 1000),
+                    tail_pattern()),
+    "scenes": Drawing("ADE20K (a class for every pixel)", draw_scenes,
+                      [*SHAPE_NAMES[:SCENE_SHAPES], "background"], (800, 100, 200), masks=True),
+}                                   # only ever add at the end: a task's place is part of its random stream
 BASE, WIDE, SCENES = "base", "wide", "scenes"
 DRAWN = tuple(SPECS)
 DECATHLON = DRAWN[1:10]             # base and these stand in for the Visual Decathlon (Rebuffi et al., 2017)
@@ -3072,14 +2999,14 @@ def load_drawn(names, data_dir, image_size, seed, workers):
 
 
 def draw_missing(names, data_dir, image_size, seed, workers):
-    """{(name, split): images} from the cache; what is not there is drawn, chunks of all tasks through one pool."""
+    """{(name, split): images} from the cache; what is missing is drawn, chunks of all tasks in one pool."""
     images, chunks = {}, []
     for name, split in itertools.product(names, SPLITS):
         images[name, split] = read_cache(name, split, data_dir, image_size, seed)
         if images[name, split] is None:
             chunks += [(name, split, k) for k in range(math.ceil(split_size(name, split) / CHUNK))]
     parts = collections.defaultdict(list)
-    with ThreadPoolExecutor(workers) as pool:               # threads will do: numpy lets go of the interpreter lock
+    with ThreadPoolExecutor(workers) as pool:               # threads will do: numpy lets go of Python's lock
         drawn = pool.map(lambda chunk: draw_chunk(*chunk, image_size, seed), chunks)
         progress = tqdm(zip(chunks, drawn), "drawing", len(chunks), leave=False, disable=None)
         for (name, split, _), part in progress:
@@ -3121,11 +3048,11 @@ def cache_path(name, split, data_dir, image_size, seed):
 
 
 def read_cache(name, split, data_dir, image_size, seed):
-    """What was drawn before, or None where there is nothing or a file is damaged: the zip holds a checksum."""
+    """What was drawn before, or None where there is nothing or the zip's checksum does not fit."""
     try:
         with np.load(cache_path(name, split, data_dir, image_size, seed)) as file:
             images = file["images"]
-    except Exception:                                       # whatever a damaged file makes numpy and zipfile raise
+    except Exception:                                       # a damaged file may make numpy raise anything
         return None
     expected = (split_size(name, split), 3 + SPECS[name].masks, image_size, image_size)
     return images if images.shape == expected and images.dtype == np.uint8 else None
@@ -3141,12 +3068,12 @@ def write_cache(path, images):
 # ----------------------------------------------------------------------------------------------------------
 # Appendix B. Drawn texts: a grammar of short sentences, in which a token can be a byte
 # ----------------------------------------------------------------------------------------------------------
-# Each function writes one example, (text, second text or None, label); its docstring says what decides the class.
+# Each writer gives one example, (text, second text or None, label); its docstring says what makes the class.
 # As with images, the order in which it draws its random numbers is part of what it writes.
 
 PEOPLE = ("tom", "ann", "bob", "eve", "jim", "meg", "sam", "zoe", "ben", "amy", "dan", "ida")
-BEASTS = ("cat", "dog", "pig", "hen", "fox", "cow", "owl", "ant", "bee", "ram", "ape", "rat", "elk", "cub", "pup",
-          "bat", "hog", "jay")
+BEASTS = ("cat", "dog", "pig", "hen", "fox", "cow", "owl", "ant", "bee", "ram", "ape", "rat", "elk", "cub",
+          "pup", "bat", "hog", "jay")
 SYNONYMS = (("saw", "met"), ("hit", "beat"), ("fed", "kept"))
 TIMES = ("", " now", " today", " soon", " later", " here", " often", " once")
 LOOKS = ("", "", "old ", "big ", "red ", "sad ")
@@ -3159,7 +3086,7 @@ BLAME = ("dull", "bad", "weak", "flat", "cold", "awful")
 
 
 def write_paraphrases(rng):
-    """Two sentences that say the same, mostly in other words; else the verbs differ, or who did it to whom."""
+    """Two sentences that say the same, mostly in other words; else the verbs differ, or who did it."""
     a, b = rng.sample(PEOPLE, 2)
     verb = rng.randrange(3)
     same = rng.random() < 0.68                              # MRPC's share
@@ -3175,7 +3102,7 @@ def write_paraphrases(rng):
 
 
 def write_acceptability(rng):
-    """Verb and subject, article and noun agree and all words are in their places; or one of these is wrong."""
+    """Verb and subject, article and noun agree and all words are in place; or one of these is wrong."""
     wrong = None
     if rng.random() >= 0.7:                                 # CoLA's share
         wrong = rng.choice(("verb", "article", "order"))
@@ -3204,7 +3131,7 @@ def beast(rng, many):
 
 
 def write_entailment(rng):
-    """Whether the second sentence follows from the first, which is about more of the same beasts, or few or none."""
+    """Whether the second sentence follows from the first, which is about more of the same beasts, or none."""
     true = rng.random() < 0.5
     pairs = [(p, h) for p in AMOUNTS for h in AMOUNTS if follows(p, h) == true]
     premise, hypothesis = rng.choice(pairs)
@@ -3262,7 +3189,7 @@ GRAMMAR = {                         # small counterparts of MRPC, CoLA, RTE and 
 
 @functools.cache
 def written(name):
-    """{split: [(text, second text or None, label)]} of a drawn text task; 1,000 of val, 2,000 of test, no text twice."""
+    """{split: [(text, second text or None, label)]} of a drawn text task, no text twice."""
     task = GRAMMAR[name]
     rng = random.Random(name)
     examples = {}
@@ -3270,7 +3197,7 @@ def written(name):
         text, second, label = task.write(rng)
         examples[text, second] = text, second, label
     examples = list(examples.values())
-    rng.shuffle(examples)                   # as texts get scarce, so do the classes that have few: all splits share that
+    rng.shuffle(examples)               # as texts get scarce, so do classes that have few: splits share that
     return {"test": examples[:2000], "val": examples[2000:3000], "train": examples[3000:]}
 
 
