@@ -325,8 +325,8 @@ class GPT2(nn.Module):
         return self.score
 
     def tokens(self, ids):
-        positions = self.wpe.weight[:ids.shape[1]]
-        return self.h(self.wte(ids) + positions)                    # (B, T, D)
+        x = self.wte(ids)                                           # (B, T, D)
+        return self.h(x + self.wpe.weight[:ids.shape[1]])
 
     def last(self, x, ids):
         """Of x = tokens(ids), each text's last token before the padding, after the last LayerNorm: (B, D)."""
@@ -1069,8 +1069,11 @@ def parse_flags(description, own, defaults, argv=None):
 
 def announce(run, args):
     """Opens a script's output: what differs from the preset's defaults, and where all settings stand."""
-    changed = [f" --{name.replace('_', '-')} {value}" for name, value in args.changed().items()]
-    run.print(f"preset {args.preset}{''.join(changed)}")
+    words = [f"preset {args.preset}"]
+    for name, value in args.changed().items():
+        shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        words.append(f"--{name.replace('_', '-')} {shown}")
+    run.print(*words)
     run.print(f"  all settings: {run.dir / 'config.json'}")
 
 

@@ -171,7 +171,7 @@ common.script(__import__(module).main)
 
 
 def dying_script(folder, module, stage, step, rank=None):
-    """(script, its first argument) like `module`.py ("tal"), but one that kills itself; for `start`, `finish`."""
+    """(script, its first argument) like `module`.py ("tal"), but one that kills itself; for `finish`."""
     path = Path(folder) / "dying.py"
     path.write_text(DYING)
     return path, json.dumps([module, stage, step, rank])
@@ -242,11 +242,17 @@ def hugging_face(state, prefix="vit."):
     return out
 
 
+def byte_symbols():
+    """The characters that stand for the 256 bytes in GPT-2's files, in the order of their ids."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return [chr(b) for b in shown] + [chr(256 + k) for k in range(len(hidden))]
+
+
 def gpt2_files(folder, merges=MERGES, names=("vocab.json", "merges.txt"), **changes):
     """GPT-2's two files with these merges, as "a b"; `changes` of the vocabulary: token -> id or None."""
-    import data
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = [*data.byte_symbols().values(), *(m.replace(" ", "") for m in merges), data.END]
+    tokens = [*byte_symbols(), *(m.replace(" ", "") for m in merges), "<|endoftext|>"]
     vocab = {token: number for number, token in enumerate(tokens)} | changes
     vocab = {token: number for token, number in vocab.items() if number is not None}
     (folder / names[0]).write_text(json.dumps(vocab), encoding="utf-8")

