@@ -106,6 +106,8 @@ def named(record, folder):
     record["start"] = STARTS.get(record.get("method"))
     record["draw"] = f"draw {(record.get('draw') or 0) + 1}"
     record["task"] = DRAWN_NAME.get(record.get("task"), record.get("task"))
+    if "texts_per_s" in record:
+        record["images"], record["images_per_s"] = record["texts"], record["texts_per_s"]
     if "network" in record:
         layers, width = record["network"].split("x")
         record["size"] = f"{layers}-{SIZE_OF_WIDTH.get(width, width)}"
