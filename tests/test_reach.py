@@ -104,7 +104,7 @@ def test_customize_for_any_folder(what, drawn, tuned, tmp_path, capsys):
     card = json.loads((tmp_path / "vit.pt.json").read_text())
     classes = make["classes"]
     assert f"{classes} classes" in said and f"chance {100 / classes:.2f} %" in said
-    assert ("head starts at random" in said) == (classes > 128)
+    assert ("is kept as it is" in said) == (classes > 128)
     assert ("after" in said) == ("epochs" in flags) == ("trained" in card)
     assert len(card["class_names"]) == classes and len(card["mean"]) == 3 and len(card["hypernet"]) == 64
     assert 0 <= card["untrained"] <= 100
@@ -264,7 +264,7 @@ def test_the_snippet_of_the_readme(drawn, tuned, tmp_path, monkeypatch):
     """The very lines of README.md, with a TAL and a pool that take seconds instead of the drawn preset's."""
     snippet = (ROOT / "README.md").read_text().split("```python")[1].split("```")[0]
     images(tmp_path / "my_images", 2)
-    streams = [str(images(tmp_path / f"dataset {n}", 2)) for n in range(5)]
+    streams = [str(images(tmp_path / f"dataset {n}", 2, each=5 + n)) for n in range(5)]
     al.main([*SMALL, "--stage", "ancestry", "--data", ",".join(streams),
              "--output", str(tmp_path / "runs/adaptive")])
     (tmp_path / "runs/tal").symlink_to(tuned)

@@ -115,9 +115,11 @@ def test_every_decision_is_listed_and_tagged():
 # ------------------------------------------------------------------------------------------------------------
 
 @pages
-def test_commands_parse(page, monkeypatch):
+def test_commands_parse(page, tmp_path, monkeypatch):
     """With all their flags; the folders and datasets that they name are not here."""
     monkeypatch.setattr(data, "check_names", lambda names, *where, **more: list(names))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vit_base.safetensors").touch()
     for script, words in commands(page):
         if script != "data.py":
             SCRIPTS[script].settings(words)
