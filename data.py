@@ -68,8 +68,8 @@ class Task:
     """A classification task in memory, as bytes.
 
     images: {split: uint8 (N, 3, S, S)}; labels: {split: int64 (N,)}. A segmentation task has masks for
-    labels, {split: uint8 (N, S, S)}: a class or IGNORED for every pixel. mean and std are those of the training
-    images per channel, where white is 1. fingerprint: 16 hex digits that change when the data does.
+    labels, {split: uint8 (N, S, S)}: a class or IGNORED for every pixel. mean and std are those of the
+    training images per channel, where white is 1. fingerprint: 16 hex digits that change when the data does.
     """
     name: str
     class_names: list
@@ -109,7 +109,8 @@ class Task:
         "deit" are the papers' (see `augmentation`). Images with masks are cut to crop x crop pixels at a
         random place (default: whole), and every recipe but "none" mirrors half of them left to right.
         """
-        check_recipe(recipe)
+        if recipe not in RECIPES:
+            raise InputError(f"recipe is one of {', '.join(RECIPES)}, not {recipe!r}")
         rows = rows_of(len(self.labels[split]), step, batch_size, seed, rank, world)
         rows = to_device(rows, self.labels[split].device)
         chance = generator(seed, step, 1)
@@ -117,13 +118,12 @@ class Task:
             return self.crops(split, rows, batch_size, chance, recipe, slice(rank, None, world), crop)
         if crop:
             raise InputError(f"{self.name}: crop={crop} is for tasks with a class for every pixel")
-        if recipe != "shift":
-            images = self.fetch(split, rows, step, batch_size, seed, recipe, rank, world)
-            return images, self.labels[split][rows]
-        images = self.fetch(split, rows, step, batch_size, seed, "none", rank, world)
-        margin = images.shape[-1] // 16
-        shifts = torch.randint(-margin, margin + 1, (batch_size, 2), generator=chance)
-        images = shifted(images, to_device(shifts[rank::world], images.device))
+        per_image = "none" if recipe == "shift" else recipe
+        images = self.fetch(split, rows, step, batch_size, seed, per_image, rank, world)
+        if recipe == "shift":
+            margin = images.shape[-1] // 16
+            shifts = torch.randint(-margin, margin + 1, (batch_size, 2), generator=chance)
+            images = shifted(images, to_device(shifts[rank::world], images.device))
         return images, self.labels[split][rows]
 
     def crops(self, split, rows, batch_size, chance, recipe, mine, crop):
@@ -165,9 +165,8 @@ class Task:
 
     def only(self, rows):
         """The task with these training images, and no other split."""
-        images = {"train": self.images["train"][rows]}
-        labels = {"train": self.labels["train"][rows]}
-        return replace(self, images=images, labels=labels)
+        images, labels = self.images["train"][rows], self.labels["train"][rows]
+        return replace(self, images={"train": images}, labels={"train": labels})
 
     def to(self, device):
         """The same task with its tensors on a device."""
@@ -181,9 +180,7 @@ def make_task(name, class_names, images, labels, fingerprint=""):
     images = {split: torch.as_tensor(x).contiguous() for split, x in images.items()}
     labels = {split: torch.as_tensor(y) for split, y in labels.items()}
     mean, std = norm_of(name, images["train"])
-    if not fingerprint:
-        arrays = [t.numpy() for tensors in (images, labels) for t in tensors.values()]
-        fingerprint = digest(*class_names, *arrays)
+    fingerprint = fingerprint or digest(*class_names, *images.values(), *labels.values())
     return Task(name, list(class_names), mean, std, images, labels, fingerprint)
 
 
@@ -204,21 +201,14 @@ def mean_and_std(images):
     mean = (counts * levels).sum(1) / total
     variance = (counts * levels ** 2).sum(1) / total - mean ** 2
     std = variance.clamp(min=1e-6).sqrt()
-    return rounded(mean), rounded(std)
-
-
-def rounded(values):
-    return tuple(round(float(v), 4) for v in values)
+    return tuple(round(float(m), 4) for m in mean), tuple(round(float(s), 4) for s in std)
 
 
 def digest(*parts):
-    """16 hex digits of texts, numbers and arrays in a row."""
+    """16 hex digits of texts, numbers and tensors in a row."""
     total = hashlib.blake2b(digest_size=8)
     for part in parts:
-        if isinstance(part, np.ndarray):
-            total.update(np.ascontiguousarray(part))
-        else:
-            total.update(as_bytes(f"{part}\n"))
+        total.update(np.ascontiguousarray(part) if torch.is_tensor(part) else as_bytes(f"{part}\n"))
     return total.hexdigest()
 
 
@@ -312,11 +302,6 @@ def gathered(images, y, x):
 UPRIGHT = ("signs", "glyphs", "digits", "decathlon/gtsrb", "decathlon/omniglot", "decathlon/svhn")
 
 
-def check_recipe(recipe):
-    if recipe not in RECIPES:
-        raise InputError(f"recipe is one of {', '.join(RECIPES)}, not {recipe!r}")
-
-
 @functools.lru_cache
 def augmentation(recipe, size, name):
     """A paper's augmentation of a task's images, uint8 (3, H, W) -> uint8 (3, size, size), drawn per image.
@@ -380,29 +365,24 @@ PART = re.compile(r"(.+)(?::(\d+)-(\d+)|/(\d+)#(\d+))")     # a part of a task: 
 def load_tasks(names, args, machine, segmentation=False):
     """{name: Task on the machine's device}, as a script's flags ask for them.
 
-    segmentation: whether tasks with a class for every pixel are welcome.
+    segmentation: whether tasks with a class for every pixel are welcome; they may have a size of their own,
+    --scene-size. Recipes other than "shift" are work for FileTask's processes.
     """
     names = list(names)
+    scenes = [name for name in names if name in (SCENES, "ade20k")]
+    others = [name for name in names if name not in scenes]
     with rank_zero_first(machine):                          # it draws what the other processes then read
         if getattr(args, "modality", "image") == "text":
             tasks = load_texts(names, args.data_dir, args.context, args.tokens)
         else:
-            tasks = load_images(names, args)
+            memory = MEMORY if args.recipe in ("none", "shift") else 0
+            tasks = load_many(others, args.data_dir, args.image_size, workers=args.workers, memory=memory)
+            size = getattr(args, "scene_size", args.image_size)
+            tasks |= load_many(scenes, args.data_dir, size, workers=args.workers, memory=memory)
     for name, task in tasks.items():
         if task.segmentation and not segmentation:
-            raise InputError(f"{name} has a class for every pixel, but these networks give one to an image; "
-                             "choose another task")
+            raise InputError(f"{name} has a class for every pixel, but these networks give one to an image")
     return {name: tasks[name].to(machine.device) for name in names}
-
-
-def load_images(names, args):
-    """The image tasks of load_tasks; those with masks may have a size of their own, --scene-size."""
-    memory = MEMORY if args.recipe in ("none", "shift") else 0      # others are work for FileTask's workers
-    scenes = [name for name in names if name in (SCENES, "ade20k")]
-    others = [name for name in names if name not in scenes]
-    scene_size = getattr(args, "scene_size", args.image_size)
-    tasks = load_many(others, args.data_dir, args.image_size, workers=args.workers, memory=memory)
-    return tasks | load_many(scenes, args.data_dir, scene_size, workers=args.workers, memory=memory)
 
 
 def load(name, data_dir="data", image_size=32, seed=0, workers=2, memory=MEMORY):
@@ -444,68 +424,59 @@ def gibibytes(task):
 # Names: checked before any work, so that a misspelt one costs nothing
 
 def check_names(names, data_dir="data", modality="image"):
-    """The names by which the tasks are called, where all of them are known and there: photos/ is photos."""
-    if modality == "text":
-        for name in names:
-            check_text_name(name, data_dir)
-        return list(names)
-    return [checked(name, data_dir) for name in names]
+    """The names by which tasks are called (photos/ is photos), where all of them are known and there."""
+    check = checked_text if modality == "text" else checked
+    return [check(name, data_dir) for name in names]
 
 
 def checked(name, data_dir):
     """The name of a task, of a folder its shortest path; InputError if it is unknown or means two things."""
-    origin = origin_of(name)
+    origin, known = origin_of(name), {**SPECS, **REAL}
     if origin != name and origin_of(origin) == origin:      # no part of a part
         whole = checked(origin, data_dir)
         if origin in SPECS:
             classes_of(name, len(SPECS[origin].class_names))
         return whole + name[len(origin):]
-    if os.path.isdir(name) and not is_own_folder(name, data_dir):
-        return checked_folder(name)
+    own = os.path.join(data_dir, name)                      # the folder of a real dataset of that name
+    if os.path.isdir(name) and not (name in REAL and os.path.isdir(own) and os.path.samefile(own, name)):
+        part = PART.fullmatch(name)
+        if name in known or (part and (part[1] in known or os.path.isdir(part[1]))):
+            raise InputError(f"{name} is a task, and there is a folder of this name, too: write ./{name} for "
+                             "the folder; for the task, start in another directory")
+        path = os.path.normpath(name)
+        return os.path.join(".", path) if path in known else path
+    if name not in known:
+        others = ["a folder with one sub-folder of images per class", "a part as in signs:0-15 or wide/10#3"]
+        raise unknown("task or folder", name, [*known, *others])
     if name in REAL:
         locate(name, REAL[name], data_dir)
-    elif name not in SPECS:
-        others = ["a folder with one sub-folder of images per class", "a part as in signs:0-15 or wide/10#3"]
-        raise unknown("task or folder", name, [*SPECS, *REAL, *others])
     return name
 
 
-def checked_folder(name):
-    part = PART.fullmatch(name)
-    if is_known(name) or (part and (is_known(part[1]) or os.path.isdir(part[1]))):
-        raise InputError(f"{name} is a task by name, and there is a folder of this name, too: write ./{name} "
-                         "for the folder; for the task, start in another directory")
-    path = os.path.normpath(name)
-    return os.path.join(".", path) if is_known(path) else path
-
-
-def is_known(name):
-    return name in SPECS or name in REAL
-
-
-def is_own_folder(name, data_dir):
-    """Whether a folder is that of the real dataset of its name: `imagenet` in a data_dir of `.`"""
-    own = os.path.join(data_dir, name)
-    return name in REAL and os.path.isdir(own) and os.path.samefile(own, name)
+def checked_text(name, data_dir):
+    if name not in GRAMMAR and name not in TEXTS:
+        raise unknown("text task", name, [*GRAMMAR, *TEXTS])
+    if name in TEXTS:
+        locate(name, TEXTS[name], data_dir)
+    return name
 
 
 # Parts of a task
 
 def origin_of(name):
     """The task of which `name` is a part, or the name itself; a folder of that very name is a folder."""
-    part = PART.fullmatch(name)
-    return part[1] if part and not os.path.isdir(name) else name
+    part = None if os.path.isdir(name) else PART.fullmatch(name)
+    return part[1] if part else name
 
 
 def classes_of(name, num_classes):
     """The classes of a part: those from A to B of NAME:A-B, the I-th of the K subsets of NAME/K#I."""
-    _, first, last, parts, number = PART.fullmatch(name).groups()
-    if first is not None:
-        first, last = int(first), int(last)
+    _, *numbers = PART.fullmatch(name).groups()
+    first, last, parts, number = (int(digits or -1) for digits in numbers)
+    if first >= 0:
         if not first < last < num_classes:
             raise InputError(f"{name}: A-B needs A below B, and there are the classes 0 to {num_classes - 1}")
         return range(first, last + 1)
-    parts, number = int(parts), int(number)
     subsets = class_subsets(num_classes, parts)
     if not 1 <= number <= parts:
         raise InputError(f"{name}: the {parts} subsets are numbered from 1 to {parts}")
@@ -590,7 +561,7 @@ def read_folder(root):
     train = found.files["train"]
     top = splits.get("train", root)
     if "val" not in found.files:
-        print(f"{printable(root)}: no val folder, so {HELD_OUT:.0%} of each class of train is held out as val")
+        print(f"{printable(root)}: no val folder, so {HELD_OUT:.0%} of each class is held out as val")
         for label, count in collections.Counter(label for _, label in train).items():
             if count == 1:
                 raise InputError(f"class folder {found.class_names[label]} in {top} holds a single image; "
@@ -648,19 +619,18 @@ def list_folder(root):
     """(class names, [(path, label)]) of a folder with one sub-folder of images per class."""
     classes = sub_folders(root)
     if len(classes) < 2:
-        raise InputError(f"{root} has {len(classes)} class folders; it needs at least 2, each holding the "
-                         "images of one class")
+        raise InputError(f"{root} has {len(classes)} class folders; it needs at least 2, each of one class")
     files, ignored = [], []
     for label, name in enumerate(classes):
         folder = os.path.join(root, name)
-        paths, others = image_files(folder, set())
-        if not paths:
+        paths = sorted(files_below(folder, set()))
+        images = [path for path in paths if path.lower().endswith(IMAGE_TYPES)]
+        if not images:
             raise InputError(f"class folder {folder} has no images ({' '.join(IMAGE_TYPES)})")
-        files += [(path, label) for path in sorted(paths)]
-        ignored += others
+        files += [(path, label) for path in images]
+        ignored += sorted({*paths}.difference(images))
     if ignored:
-        print(f"{printable(root)}: {len(ignored):,} files are no images and not used, such as "
-              f"{printable(ignored[0])}")
+        print(f"{printable(root)}: {len(ignored):,} files are no images, such as {printable(ignored[0])}")
     return [printable(name) for name in classes], files
 
 
@@ -669,23 +639,16 @@ def sub_folders(root):
     return sorted(entry.name for entry in listing(root) if entry.is_dir())
 
 
-def image_files(folder, seen):
-    """(paths of images, of other files) in a folder and those in it, each entered once whatever links say."""
-    paths, others = [], []
+def files_below(folder, seen):
+    """Paths of all files in a folder and those in it, each of which is entered once whatever links say."""
     real = os.path.realpath(folder)
     if real in seen:
-        return paths, others
+        return []
     seen.add(real)
+    paths = []
     for entry in listing(folder):
-        if entry.is_dir():
-            more, more_others = image_files(entry.path, seen)
-            paths += more
-            others += more_others
-        elif entry.name.lower().endswith(IMAGE_TYPES) and (entry.is_file() or entry.is_symlink()):
-            paths.append(entry.path)                        # a link to nothing is found unreadable later
-        else:
-            others.append(entry.path)
-    return paths, others
+        paths += files_below(entry.path, seen) if entry.is_dir() else [entry.path]
+    return paths
 
 
 def listing(folder):
@@ -730,41 +693,26 @@ def hold_out(files, groups):
 def fingerprint_of(found):
     """16 hex digits of a Found: of its class names, of every file's split, label, relative path and size, and
     of the bytes of all files, or of SAMPLED ones among more."""
-    digits = hashlib.blake2b(digest_size=8)
-    digits.update(as_bytes("\n".join(map(str, found.class_names))))
-    rows = []
-    for split, files in found.files.items():
-        for source, label in files:
+    digits = hashlib.blake2b(as_bytes("\n".join(map(str, found.class_names))), digest_size=8)
+    files = []
+    for split, some in found.files.items():
+        for source, label in some:
             if isinstance(source, np.ndarray):
                 digits.update(as_bytes(f"{split} {label}\n"))
                 digits.update(np.ascontiguousarray(source))
             elif isinstance(label, str):                    # a mask
-                rows += [(source, f"{split} image"), (label, f"{split} mask")]
+                files += [(source, f"{split} image"), (label, f"{split} mask")]
             else:
-                rows.append((source, f"{split} {label}"))
-    rows.sort()
-    top = len(os.path.dirname(os.path.commonprefix([path for path, _ in rows[:1] + rows[-1:]])))
-    every = math.ceil(len(rows) / SAMPLED)
-    for k, (path, what) in enumerate(rows):
-        digits.update(as_bytes(f"{path[top:]} {what} {size_of(path)}\n"))
-        if k % every == 0:
-            digits.update(content_of(path))
+                files.append((source, f"{split} {label}"))
+    files.sort()
+    top = len(os.path.dirname(os.path.commonprefix([path for path, _ in files[:1] + files[-1:]])))
+    for k, (path, what) in enumerate(files):
+        there = os.path.isfile(path)                        # or a broken link: reading it will say so
+        digits.update(as_bytes(f"{path[top:]} {what} {os.path.getsize(path) if there else 0}\n"))
+        if there and k % math.ceil(len(files) / SAMPLED) == 0:
+            with open(path, "rb") as file:
+                digits.update(file.read())
     return digits.hexdigest()
-
-
-def size_of(path):
-    try:
-        return os.path.getsize(path)
-    except OSError:                                         # a broken link; reading it will say so
-        return 0
-
-
-def content_of(path):
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
 
 
 # Reading images
@@ -776,6 +724,8 @@ def open_image(path, size):
     """
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
+    if not os.path.isfile(path):                            # reading a pipe would never end
+        raise OSError("no file")
     with Image.open(path, formats=FORMATS) as image:        # a closed list: other decoders run other programs
         short, long = sorted(image.size)
         if max(short * long, size * size * long / short) > MAX_PIXELS:
@@ -828,27 +778,23 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __init__(self, files, size, name, num_classes):
         sources, labels = zip(*files)
-        if isinstance(sources[0], str):
-            # One block: counting references to a million strings would copy them into every worker process.
-            sources = np.array([os.fsencode(source) for source in sources])
-        self.sources = sources
+        # One block: counting references to a million strings would copy them into every worker process.
+        self.sources = np.array([os.fsencode(s) for s in sources] if isinstance(sources[0], str) else sources)
         self.labels = np.array(labels)
-        self.shape = (len(files), 3, size, size)
         self.size, self.name, self.num_classes = size, name, num_classes
-        self.centre = centre(size, name)
-        self.centre_mask = centre(size, name, mask=True)
+        self.centre, self.centre_mask = centre(size, name), centre(size, name, mask=True)
 
     def __len__(self):
         return len(self.sources)
 
+    @property
+    def shape(self):
+        return len(self), 3, self.size, self.size
+
     def only(self, rows):
         """The same of these rows alone."""
         other = copy.copy(self)
-        other.sources = [self.sources[row] for row in rows]
-        if isinstance(self.sources, np.ndarray):
-            other.sources = self.sources[rows]
-        other.labels = self.labels[rows]
-        other.shape = (len(rows), *self.shape[1:])
+        other.sources, other.labels = self.sources[rows], self.labels[rows]
         return other
 
     def __getitem__(self, row):
@@ -873,29 +819,23 @@ class ImageFiles(torch.utils.data.Dataset):
 
         In place of an unreadable image stands the next of its class, so that its label stays true.
         """
-        images = torch.zeros(len(keys), *self.shape[1:], dtype=torch.uint8)
-        unreadable = {}
+        images, unreadable = torch.zeros(len(keys), *self.shape[1:], dtype=torch.uint8), {}
         for out, (row, recipe, stream) in zip(images, keys):
-            if recipe == "none":
-                self.fill(out, row, self.centre, unreadable)
-                continue
-            with seeded(*stream):
-                self.fill(out, row, augmentation(recipe, self.size, self.name), unreadable)
+            transform = self.centre if recipe == "none" else augmentation(recipe, self.size, self.name)
+            with seeded(*stream) if recipe != "none" else contextlib.nullcontext():
+                for candidate in self.rows_of_class(row):
+                    image = self.read(candidate, transform)
+                    if torch.is_tensor(image):
+                        out.copy_(image)
+                        break
+                    unreadable[candidate] = image
         return images, unreadable
 
-    def fill(self, out, row, transform, unreadable):
-        """Write the image of a row to `out`, or that of the next row of its class which can be read."""
-        image = self.read(row, transform)
-        if not torch.is_tensor(image):
-            unreadable[row] = image
-            same = np.flatnonzero(self.labels == self.labels[row])
-            for other in np.roll(same, -np.searchsorted(same, row))[1:].tolist():
-                image = self.read(other, transform)
-                if torch.is_tensor(image):
-                    break
-                unreadable[other] = image
-        if torch.is_tensor(image):
-            out.copy_(image)
+    def rows_of_class(self, row):
+        """A row, then all others of its class in turn."""
+        yield row
+        same = np.flatnonzero(self.labels == self.labels[row])
+        yield from np.roll(same, -np.searchsorted(same, row))[1:].tolist()
 
 
 def report_unreadable(name, unreadable, labels, class_names):
@@ -1071,45 +1011,34 @@ def find(name, data_dir):
     source = REAL[name]
     found = source.read(name, locate(name, source, data_dir))
     if len(found.files) == 1:
-        raise InputError(f"{name}: there are training images, but neither val nor test images with labels; "
-                         f"needed: {source.needed}")
+        raise InputError(f"{name}: neither val nor test images have labels; needed: {source.needed}")
     found.official = found.official or source.official
     for split, files in found.files.items():
-        there = leave_missing(found, files)
+        there = [file for file in files if not (found.listed and is_missing(found, file))]
         if not there:
             example = f", such as {found.missing[-1]}" if found.missing else ""
-            raise InputError(f"{name}: none of the {len(files):,} {split} images is there{example}; "
-                             f"needed: {source.needed}")
+            raise InputError(f"{name}: none of the {len(files):,} {split} images is there{example}")
         order = np.random.default_rng(0).permutation(len(there))           # any first n are a fair sample
         found.files[split] = [there[k] for k in order]
     return found
 
 
-def leave_missing(found, files):
-    """Those of listed files that exist; the paths of the others go to found.missing."""
-    if not found.listed:
-        return files
-    there = []
-    for file in files:
-        absent = [path for path in file if isinstance(path, str) and not os.path.isfile(path)]
-        if absent:
-            found.missing.append(absent[0])
-        else:
-            there.append(file)
-    return there
+def is_missing(found, file):
+    """Whether a listed image or its mask does not exist; found.missing then has its path."""
+    absent = [path for path in file if isinstance(path, str) and not os.path.isfile(path)]
+    found.missing += absent[:1]
+    return bool(absent)
 
 
 def differences(found, what="images"):
     """Sentences on what is not as the whole dataset has it."""
     counts = {split: len(files) for split, files in found.files.items()}
-    counts["classes"] = len(found.class_names)
-    counts["all"] = sum(map(len, found.files.values()))
+    counts |= {"classes": len(found.class_names), "all": sum(counts.values())}
     sentences = []
     for key, official in found.official.items():
-        count = counts.get(key, 0)
-        if count != official:
-            things = "classes" if key == "classes" else f"{key} {what}"
-            sentences.append(f"{count:,} {things} where the whole set has {official:,}")
+        if counts.get(key, 0) != official:
+            things = key if key == "classes" else f"{key} {what}"
+            sentences.append(f"{counts.get(key, 0):,} {things} where the whole set has {official:,}")
     return sentences
 
 
@@ -1120,47 +1049,35 @@ def load_real(name, origin, found, classes, image_size, workers, memory):
     """
     if classes is not None and found.masks:
         raise InputError(f"{name}: {origin} has a class for every pixel, so no subset of images by class")
-    fingerprint = fingerprint_of(found)
-    norm = NORMS.get(origin)
+    fingerprint, norm = fingerprint_of(found), NORMS.get(origin)
     names, files = found.class_names, found.files
     if classes is not None:
         norm = norm or measure(found, image_size, workers, origin)     # of all classes, as in `subset`
         fingerprint = digest(fingerprint, *classes)
-        files = {split: of_classes(some, classes) for split, some in files.items()}
         names = [names[k] for k in classes]
-    pixels = sum(map(len, files.values())) * image_size ** 2
-    need = pixels * (4 if found.masks else 3) / 2 ** 30
+        new = {label: k for k, label in enumerate(classes)}
+        for split, some in files.items():
+            files = files | {split: [(source, new[label]) for source, label in some if label in new]}
+    need = sum(map(len, files.values())) * image_size ** 2 * (4 if found.masks else 3) / 2 ** 30
     if found.masks and need > MASKS_MEMORY:
         raise InputError(f"{name} takes {need:.1f} GiB at {image_size} pixels, more than {MASKS_MEMORY}; "
                          "give a smaller --image-size")
-    if found.masks or need <= memory:
-        images, labels = read_splits_of(files, image_size, workers, origin, names)
-        share_splits(found, images, labels)
-        if norm:
-            return Task(name, names, *norm, images, labels, fingerprint)
-        return make_task(name, names, images, labels, fingerprint)
-    print(f"{name}: {need:.1f} GiB at {image_size} pixels, more than {max(memory, 0):.1f}, so {workers} "
-          "processes decode images as they are needed")
-    norm = norm or measure(found, image_size, workers, origin)
-    images = {split: ImageFiles(some, image_size, name, len(names)) for split, some in files.items()}
-    share_splits(found, images)
-    return FileTask(name, names, *norm, images, fingerprint, workers)
+    if need > memory and not found.masks:
+        print(f"{name}: {need:.1f} GiB at {image_size} pixels, more than {max(memory, 0):.1f}, so {workers} "
+              "processes decode images as they are needed")
+        norm = norm or measure(found, image_size, workers, origin)
+        images = {split: ImageFiles(some, image_size, name, len(names)) for split, some in files.items()}
+        images |= {split: images[other] for split, other in found.same.items()}
+        return FileTask(name, names, *norm, images, fingerprint, workers)
+    images, labels = read_all(files, image_size, workers, origin, names)
+    images |= {split: images[other] for split, other in found.same.items()}
+    labels |= {split: labels[other] for split, other in found.same.items()}
+    if norm:
+        return Task(name, names, *norm, images, labels, fingerprint)
+    return make_task(name, names, images, labels, fingerprint)
 
 
-def of_classes(files, classes):
-    """Those of files [(source, label)] that have one of the classes, by their new labels 0, 1, ..."""
-    place = {label: k for k, label in enumerate(classes)}
-    return [(source, place[label]) for source, label in files if label in place]
-
-
-def share_splits(found, *by_split):
-    """Splits that are the same as another get what that one has."""
-    for split, other in found.same.items():
-        for values in by_split:
-            values[split] = values[other]
-
-
-def read_splits_of(files, image_size, workers, name, class_names):
+def read_all(files, image_size, workers, name, class_names):
     """{split: images} and {split: labels or masks} of {split: files}, without what cannot be read."""
     images, labels, unreadable, before = {}, {}, {}, {}
     for split, some in files.items():
@@ -1173,11 +1090,9 @@ def read_splits_of(files, image_size, workers, name, class_names):
 
 def measure(found, image_size, workers, name, limit=2000):
     """Mean and std of the first `limit` training images."""
-    train = found.files["train"]
-    images, _, unreadable = read_images(train[:limit], image_size, workers, name, len(found.class_names))
-    every = np.array([label for _, label in train])
-    report_unreadable(name, {"train": unreadable}, {"train": every}, found.class_names)
-    return norm_of(name, images)
+    some = {"train": found.files["train"][:limit]}
+    images, _ = read_all(some, image_size, workers, name, found.class_names)
+    return norm_of(name, images["train"])
 
 
 # Finding a dataset's files
@@ -1292,36 +1207,31 @@ def read_inaturalist(name, base):
 
 def read_imagenet(name, base):
     """train/ and val/; the official test/ has no labels."""
-    val = os.path.join(base, "val")
-    if os.path.isdir(val) and not sub_folders(val):
-        raise InputError(f"{val} is flat: its images must be moved into one folder per class, named as in "
-                         "train/ (n01440764, ...); the devkit's ILSVRC2012_validation_ground_truth.txt says "
-                         "which goes where, and the usual valprep.sh does it")
-    folders = {}
-    for split in SPLITS:
-        folder = os.path.join(base, split)
-        if os.path.isdir(folder) and sub_folders(folder):
-            folders[split] = folder
-    return read_splits(folders)
+    folders = {split: os.path.join(base, split) for split in ("train", "val")}
+    if os.path.isdir(folders["val"]) and not sub_folders(folders["val"]):
+        raise InputError(f"{folders['val']} is flat: its images must be moved into one folder per class, "
+                         "named as in train/ (n01440764, ...), which the usual valprep.sh does")
+    return read_splits({split: folder for split, folder in folders.items() if os.path.isdir(folder)})
 
 
 # Through torchvision's own readers: CIFAR, Food-101, Cars, Flowers, Fashion-MNIST
 
 def by_torchvision(name, base, reader, splits, **how):
     """{split: dataset} of a class of torchvision.datasets; splits: {ours: its own}."""
+    from torchvision import datasets
     try:
-        return {split: reader(base, own, **how) for split, own in splits.items()}
+        return {split: getattr(datasets, reader)(base, own, **how) for split, own in splits.items()}
     except Exception as error:                              # pickles and MATLAB files may raise anything
-        reason = str(error).split(". You can use download")[0] or type(error).__name__
-        raise InputError(f"{name}: torchvision cannot read it in {base} ({reason.splitlines()[0]}); "
+        if "scipy" in str(error):
+            raise InputError(f"{name} lists its images in MATLAB files, which scipy reads: pip install scipy")
+        reason = str(error).split(". You can use download")[0].split("\n")[0]
+        raise InputError(f"{name}: torchvision cannot read it in {base} ({reason}); "
                          f"needed: {REAL[name].needed}")
 
 
 def read_cifar(name, base):
     """Pickles, whose md5 sums torchvision checks."""
-    from torchvision import datasets
-    reader = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    sets = by_torchvision(name, base, reader, {"train": True, "test": False})
+    sets = by_torchvision(name, base, name.upper(), {"train": True, "test": False})
     files = {}
     for split, some in sets.items():
         images = np.ascontiguousarray(some.data.transpose(0, 3, 1, 2))
@@ -1329,49 +1239,16 @@ def read_cifar(name, base):
     return Found(list(sets["train"].classes), files)
 
 
-def read_food(name, base):
-    from torchvision import datasets
-    return listed_by_torchvision(name, base, datasets.Food101, {"train": "train", "test": "test"})
-
-
-def read_cars(name, base):
-    """Many copies were sorted into class folders instead, or have each folder in another of its name."""
-    from torchvision import datasets
-    folder = os.path.join(base, "stanford_cars")
-    if not os.path.exists(os.path.join(folder, "devkit")):
-        return read_splits({split: os.path.join(folder, split) for split in ("train", "test")})
-    need_scipy(name)
-    return listed_by_torchvision(name, base, datasets.StanfordCars, {"train": "train", "test": "test"})
-
-
-def read_flowers(name, base):
-    """-trainval joins train and val, the 2,040 images on which DeiT's transfer results train."""
-    from torchvision import datasets
-    need_scipy(name)
-    found = listed_by_torchvision(name, base, datasets.Flowers102, {split: split for split in SPLITS})
-    if name.endswith("-trainval"):
-        found.files["train"] = found.files["train"] + found.files.pop("val")
-    return found
-
-
-def need_scipy(name):
-    try:
-        import scipy.io                                                                # noqa: F401
-    except ImportError:
-        raise InputError(f"{name} lists its images in MATLAB files, which scipy reads: pip install scipy")
-
-
 def listed_by_torchvision(name, base, reader, splits):
     """Found of a torchvision dataset of image files, without opening them."""
     sets = by_torchvision(name, base, reader, splits, loader=str)          # an "image" is then its path
     files = {}
     for split, some in sets.items():
-        listed = []
-        for path, label in (some[k] for k in range(len(some))):
-            if not 0 <= int(label) < len(some.classes):
+        files[split] = [some[k] for k in range(len(some))]
+        for path, label in files[split]:
+            if not 0 <= label < len(some.classes):
                 raise InputError(f"{name}: {path} has label {label} of {len(some.classes)} classes")
-            listed.append((path, int(label)))
-        files[split] = resolve(listed, nested)
+        files[split] = resolve([(path, int(label)) for path, label in files[split]], nested)
     return Found(list(sets["train"].classes), files, listed=True)
 
 
@@ -1381,15 +1258,35 @@ def nested(path):
     return [path, os.path.join(folder, os.path.basename(folder), file)]
 
 
+def read_food(name, base):
+    return listed_by_torchvision(name, base, "Food101", {"train": "train", "test": "test"})
+
+
+def read_cars(name, base):
+    """Many copies were sorted into class folders instead, or have each folder in another of its name."""
+    folder = os.path.join(base, "stanford_cars")
+    if os.path.exists(os.path.join(folder, "devkit")):
+        return listed_by_torchvision(name, base, "StanfordCars", {"train": "train", "test": "test"})
+    return read_splits({split: os.path.join(folder, split) for split in ("train", "test")})
+
+
+def read_flowers(name, base):
+    """-trainval joins train and val, the 2,040 images on which DeiT's transfer results train."""
+    found = listed_by_torchvision(name, base, "Flowers102", {split: split for split in SPLITS})
+    if name.endswith("-trainval"):
+        found.files["train"] = found.files["train"] + found.files.pop("val")
+    return found
+
+
 def read_fashion(name, base):
     from torchvision.datasets import FashionMNIST
     files = {}
     for split, stem in (("train", "train"), ("test", "t10k")):
         images = read_idx(os.path.join(base, f"{stem}-images-idx3-ubyte"))
         labels = read_idx(os.path.join(base, f"{stem}-labels-idx1-ubyte"))
-        files[split] = list(zip(images, labels.tolist()))
         if images.ndim != 3 or len(images) != len(labels) or labels.max() > 9:
             raise InputError(f"{name}: the {stem} files in {base} do not fit, or have labels above 9")
+        files[split] = list(zip(images, labels.tolist()))
     return Found(FashionMNIST.classes, files)
 
 
@@ -1440,7 +1337,7 @@ def read_faces(name, base):
     if table is None:
         return faces_in_folders(name, base)
     rows = read_table(table, "emotion", "pixels")
-    files = [face(table, number, row) for number, row in enumerate(rows, 1)]
+    files = [face(f"{table}: row {number}", row) for number, row in enumerate(rows, 1)]
     if "Usage" not in rows[0]:
         print(f"{table} has no column Usage, so {HELD_OUT:.0%} of each class is held out as val")
         return Found(FER, hold_out(files, range(len(files))), official=dict(classes=7, all=28709))
@@ -1450,26 +1347,24 @@ def read_faces(name, base):
     return Found(FER, splits)
 
 
-def face(table, number, row):
+def face(where, row):
     """(uint8 (48, 48), label) of a row of a table."""
     try:
-        pixels = np.array(row["pixels"].split(), np.uint8).reshape(48, 48)
-        label = int(row["emotion"])
+        pixels, label = np.array(row["pixels"].split(), np.uint8).reshape(48, 48), int(row["emotion"])
     except (ValueError, OverflowError) as error:
-        raise InputError(f"{table}: row {number} is not 48 x 48 pixels and a label ({error})")
+        raise InputError(f"{where} is not 48 x 48 pixels and a label ({error})")
     if not 0 <= label < len(FER):
-        raise InputError(f"{table}: row {number} has emotion {label}, and they are numbered from 0 to 6")
+        raise InputError(f"{where} has emotion {label}, and they are numbered from 0 to 6")
     return pixels, label
 
 
 def faces_in_folders(name, base):
     found = read_splits({split: os.path.join(base, split) for split in ("train", "test")})
-    number = {}
-    for label, folder in enumerate(found.class_names):
-        number[label] = next((k for k, emotion in enumerate(FER) if emotion[:3] == folder[:3].lower()), None)
-    if set(number.values()) != set(range(7)) or len(number) != 7:
+    short, folders = [emotion[:3] for emotion in FER], [folder[:3].lower() for folder in found.class_names]
+    if sorted(folders) != sorted(short):
         raise InputError(f"{name}: the folders in {base} should be {', '.join(FER)}, not "
                          f"{', '.join(found.class_names)}")
+    number = [short.index(folder) for folder in folders]
     files = {split: [(path, number[label]) for path, label in some] for split, some in found.files.items()}
     return Found(FER, files, official=dict(classes=7, train=28709, test=7178))     # Public- and PrivateTest
 
@@ -1490,9 +1385,8 @@ def read_lesions(name, base):
     path_of = lesion_paths(base)
     files = []
     for row in rows:
-        image = row["image_id"]
-        path = path_of.get(image, os.path.join(base, image + ".jpg"))
-        files.append((path, classes.index(row["dx"])))
+        file = row["image_id"] + ".jpg"
+        files.append((path_of.get(file, os.path.join(base, file)), classes.index(row["dx"])))
     if not name.endswith("-leaky"):
         return Found(classes, hold_out(files, [row["lesion_id"] for row in rows]), listed=True)
     copies, names = repeated(files, len(classes))
@@ -1500,14 +1394,13 @@ def read_lesions(name, base):
 
 
 def lesion_paths(base):
-    """{image's name: path} of the .jpg files in `base` and in its folders of images."""
+    """{file name: path} of the images in `base` and in its folders of images, however those are called."""
     paths = []
     for entry in sorted(listing(base), key=lambda entry: entry.name):
         if entry.is_dir() and entry.name.lower().startswith(("ham10000", "images")):
-            paths += sorted(image_files(entry.path, set())[0])
+            paths += sorted(files_below(entry.path, set()))
     paths += [entry.path for entry in listing(base) if entry.is_file()]
-    paths = [path for path in paths if path.lower().endswith(".jpg")]
-    return {os.path.splitext(os.path.basename(path))[0]: path for path in paths}
+    return {os.path.basename(path): path for path in paths}
 
 
 def repeated(files, num_classes):
@@ -1566,61 +1459,53 @@ def decathlon(domain):
         f"decathlon-1.0-devkit.tar.gz, and {tar}")
 
 
-REAL = {f"decathlon/{domain}": decathlon(domain) for domain in DOMAINS}
-REAL["imagenet"] = Source(
-    read_imagenet, ["imagenet", "ImageNet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"], ["train"],
-    dict(classes=1000, train=1281167, val=50000),
-    "train/ and val/ with a folder per class")
-REAL["cifar10"] = Source(
-    read_cifar, ["cifar10"], ["cifar-10-batches-py"],
-    dict(classes=10, train=50000, test=10000),
-    "cifar-10-python.tar.gz, unpacked")
-REAL["cifar100"] = Source(
-    read_cifar, ["cifar100"], ["cifar-100-python"],
-    dict(classes=100, train=50000, test=10000),
-    "cifar-100-python.tar.gz, unpacked")
-REAL["food101"] = Source(
-    read_food, ["food101"], ["food-101/meta/train.json"],
-    dict(classes=101, train=75750, test=25250),
-    "food-101.tar.gz, unpacked")
-REAL["cars"] = Source(
-    read_cars, ["cars"], ["stanford_cars/devkit", "stanford_cars/train"],
-    dict(classes=196, train=8144, test=8041),
-    "stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, or with train/ "
-    "and test/ that hold a folder per class")
-REAL["flowers102"] = Source(
-    read_flowers, ["flowers102"], ["flowers-102/setid.mat"],
-    dict(classes=102, train=1020, val=1020, test=6149),
-    "flowers-102/ with jpg/, imagelabels.mat and setid.mat")
-REAL["flowers102-trainval"] = Source(
-    read_flowers, ["flowers102"], ["flowers-102/setid.mat"],
-    dict(classes=102, train=2040, test=6149),
-    "the files of flowers102")
-REAL["inaturalist2019"] = Source(
-    read_inaturalist, ["inaturalist2019", "iNaturalist2019", "inat2019"], ["train2019.json"],
-    dict(classes=1010, train=265213, val=3030),
-    "train2019.json, val2019.json and train_val2019/")
-REAL["fashion-mnist"] = Source(
-    read_fashion, ["FashionMNIST/raw", "fashion-mnist", "fashion-mnist/data/fashion"],
-    ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"],
-    dict(classes=10, train=60000, test=10000),
-    "the four ...-ubyte or ...-ubyte.gz files")
-REAL["fer2013"] = Source(
-    read_faces, ["fer2013", "FER2013", "fer2013/fer2013"], [*FER_TABLES, "train"],
-    dict(classes=7, train=28709, val=3589, test=3589),
-    "fer2013.csv, icml_face_data.csv or train.csv, or train/ and test/ with a folder per expression")
-REAL["ham10000"] = Source(
-    read_lesions, ["ham10000", "HAM10000"], HAM_TABLES,
-    dict(classes=7, all=10015),
-    "HAM10000_metadata.csv and the two folders of images")
-REAL["ham10000-leaky"] = Source(
-    read_lesions, ["ham10000", "HAM10000"], HAM_TABLES,
-    dict(classes=7, all=46935, val=9387),
-    "the files of ham10000")
-REAL["ade20k"] = Source(
-    read_ade20k, ["ADEChallengeData2016", "ade20k/ADEChallengeData2016", "ade20k"], ["annotations/training"],
-    dict(classes=150, train=20210, val=2000),
-    "ADEChallengeData2016.zip, unpacked")
+REAL = {f"decathlon/{domain}": decathlon(domain) for domain in DOMAINS} | {
+    "imagenet": Source(
+        read_imagenet, ["imagenet", "ImageNet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"], ["train"],
+        dict(classes=1000, train=1281167, val=50000), "train/ and val/ with a folder per class"),
+    "cifar10": Source(
+        read_cifar, ["cifar10"], ["cifar-10-batches-py"],
+        dict(classes=10, train=50000, test=10000), "cifar-10-python.tar.gz, unpacked"),
+    "cifar100": Source(
+        read_cifar, ["cifar100"], ["cifar-100-python"],
+        dict(classes=100, train=50000, test=10000), "cifar-100-python.tar.gz, unpacked"),
+    "food101": Source(
+        read_food, ["food101"], ["food-101/meta/train.json"],
+        dict(classes=101, train=75750, test=25250), "food-101.tar.gz, unpacked"),
+    "cars": Source(
+        read_cars, ["cars"], ["stanford_cars/devkit", "stanford_cars/train"],
+        dict(classes=196, train=8144, test=8041),
+        "stanford_cars/ with cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, or with "
+        "train/ and test/ that hold a folder per class"),
+    "flowers102": Source(
+        read_flowers, ["flowers102"], ["flowers-102/setid.mat"],
+        dict(classes=102, train=1020, val=1020, test=6149),
+        "flowers-102/ with jpg/, imagelabels.mat and setid.mat"),
+    "flowers102-trainval": Source(
+        read_flowers, ["flowers102"], ["flowers-102/setid.mat"],
+        dict(classes=102, train=2040, test=6149), "the files of flowers102"),
+    "inaturalist2019": Source(
+        read_inaturalist, ["inaturalist2019", "iNaturalist2019", "inat2019"], ["train2019.json"],
+        dict(classes=1010, train=265213, val=3030), "train2019.json, val2019.json and train_val2019/"),
+    "fashion-mnist": Source(
+        read_fashion, ["FashionMNIST/raw", "fashion-mnist", "fashion-mnist/data/fashion"],
+        ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"],
+        dict(classes=10, train=60000, test=10000), "the four ...-ubyte or ...-ubyte.gz files"),
+    "fer2013": Source(
+        read_faces, ["fer2013", "FER2013", "fer2013/fer2013"], [*FER_TABLES, "train"],
+        dict(classes=7, train=28709, val=3589, test=3589),
+        "fer2013.csv, icml_face_data.csv or train.csv, or train/ and test/ with a folder per expression"),
+    "ham10000": Source(
+        read_lesions, ["ham10000", "HAM10000"], HAM_TABLES,
+        dict(classes=7, all=10015), "HAM10000_metadata.csv and the two folders of images"),
+    "ham10000-leaky": Source(
+        read_lesions, ["ham10000", "HAM10000"], HAM_TABLES,
+        dict(classes=7, all=46935, val=9387), "the files of ham10000"),
+    "ade20k": Source(
+        read_ade20k, ["ADEChallengeData2016", "ade20k/ADEChallengeData2016", "ade20k"],
+        ["annotations/training"],
+        dict(classes=150, train=20210, val=2000), "ADEChallengeData2016.zip, unpacked"),
+}
 
 # Mean and std by which images are normalised: the challenge's, or ImageNet's as in DeiT; else measured.
 NORMS = {f"decathlon/{domain}": row[4:] for domain, row in DOMAINS.items()}
@@ -1671,41 +1556,33 @@ def read_bpe(folder):
     except ImportError:
         raise InputError("GPT-2's tokens are read with the package tokenizers: pip install tokenizers")
     needed = "; needed: vocab.json and merges.txt of openai's gpt2 on Hugging Face"
-    paths = []
+    texts = []
     for names in (["vocab.json", "encoder.json"], ["merges.txt", "vocab.bpe"]):
-        paths.append(first_file(folder, names))
-        if paths[-1] is None:
+        path = first_file(folder, names)
+        if path is None:
             raise InputError(f"there is no {' or '.join(names)} in {folder}{needed}")
+        texts.append(read_text(path))
     try:
-        vocab, merges = read_vocab(paths[0]), read_merges(paths[1])
-        expected = {*ByteLevel.alphabet(), *map("".join, merges), END}
+        vocab, lines = dict(json.loads(texts[0])), texts[1].split("\n")
+        if lines[0].startswith("#version"):                 # "# #" is a merge
+            lines = lines[1:]
+        merges = [tuple(line.split(" ")) for line in lines if line]
+        expected = {*ByteLevel.alphabet(), *(left + right for left, right in merges), END}
         if vocab.keys() != expected:
-            odd = sorted(vocab.keys() ^ expected)[0]
-            raise ValueError(f"{odd!r} is in one of {' and '.join(paths)} only")
+            raise ValueError(f"{sorted(vocab.keys() ^ expected)[0]!r} is in one of the two files only")
         if sorted(vocab.values()) != list(range(len(vocab))) or vocab[END] != len(vocab) - 1:
-            raise ValueError(f"the ids in {paths[0]} are not the numbers from 0 with {END} last")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"cannot read the tokens in {folder} ({error}){needed}")
+            raise ValueError(f"the ids are not the numbers from 0 with {END} last")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"the tokens in {folder} are not GPT-2's ({error}){needed}")
     return ByteLevelBPETokenizer(vocab, merges)
 
 
-def read_vocab(path):
-    """{token: id}"""
-    with open(path, encoding="utf-8") as file:
-        return dict(json.load(file))
-
-
-def read_merges(path):
-    """[(left, right)] in the order of their ranks."""
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().split("\n")
-    if lines[0].startswith("#version"):                     # "# #" is a merge
-        lines = lines[1:]
-    merges = [tuple(line.split(" ")) for line in lines if line]
-    for merge in merges:
-        if len(merge) != 2:
-            raise ValueError(f"{path} has a line that is not two tokens: {' '.join(merge)!r}")
-    return merges
+def read_text(path):
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error})")
 
 
 @dataclass
@@ -1755,8 +1632,7 @@ def text_task(name, class_names, metric, splits, tokenizer, context):
     for split, rows in splits.items():
         images[split] = padded(ids[split], width, tokenizer.eos)
         labels[split] = torch.tensor([label for _, _, label in rows])
-    arrays = [t.numpy() for split in splits for t in (images[split], labels[split])]
-    fingerprint = digest(*class_names, *arrays)
+    fingerprint = digest(*class_names, *images.values(), *labels.values())
     return TextTask(name, list(class_names), (), (), images, labels, fingerprint, metric, tokenizer.eos)
 
 
@@ -1801,13 +1677,6 @@ def load_texts(names, data_dir="data", context=1024, tokens=""):
                 print(f"{name}: {sentence}")
         tasks[name] = text_task(name, about.class_names, about.metric, splits, tokenizer, context)
     return tasks
-
-
-def check_text_name(name, data_dir):
-    if name in TEXTS:
-        locate(name, TEXTS[name], data_dir)
-    elif name not in GRAMMAR:
-        raise unknown("text task", name, [*GRAMMAR, *TEXTS])
 
 
 def read_texts(name, data_dir):
@@ -1859,33 +1728,25 @@ GLUE = {
 def read_tsv(name, path):
     """[(columns, (sentence, second sentence or None, label))] of one of GLUE's tables."""
     table = GLUE[name]
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            lines = [(f"{path}, line {reader.line_num}", columns) for columns in reader if columns]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{name}: cannot read {path} ({error}); needed: {TEXTS[name].needed}")
-    if table.header:
-        if not lines or lines[0][1] != table.header:
-            raise InputError(f"{path}, line 1: should name the columns of {name}: {', '.join(table.header)}, "
-                             "separated by tabs")
-        lines = lines[1:]
-    return [(columns, sentences(name, where, columns)) for where, columns in lines]
-
-
-def sentences(name, where, columns):
-    """(sentence, second sentence or None, label) of a line of one of GLUE's tables."""
-    table = GLUE[name]
-    if len(columns) != table.columns:
-        raise InputError(f"{where}: {len(columns)} columns split by tabs, where {name} has {table.columns}")
-    word = columns[table.label]
-    if word not in table.words:
-        raise InputError(f"{where}: the label {word!r} is none of {', '.join(table.words)}")
-    texts = [columns[k].strip() for k in table.texts]
-    if not all(texts):
-        raise InputError(f"{where}: an empty sentence")
-    second = texts[1] if len(texts) > 1 else None
-    return texts[0], second, table.words.index(word)
+    lines = read_text(path).split("\n")
+    if table.header and lines[0].split("\t") != table.header:
+        raise InputError(f"{path}, line 1: should name the columns of {name}: {', '.join(table.header)}, "
+                         "separated by tabs")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        where, columns = f"{path}, line {number}", line.split("\t")
+        if not line or columns == table.header:
+            continue
+        if len(columns) != table.columns:
+            raise InputError(f"{where}: {len(columns)} columns between tabs; {name} has {table.columns}")
+        word, texts = columns[table.label], [columns[k].strip() for k in table.texts]
+        if word not in table.words:
+            raise InputError(f"{where}: the label {word!r} is none of {', '.join(table.words)}")
+        if not all(texts):
+            raise InputError(f"{where}: an empty sentence")
+        second = texts[1] if len(texts) > 1 else None
+        rows.append((columns, (texts[0], second, table.words.index(word))))
+    return rows
 
 
 def read_glue(name, base):
@@ -1907,11 +1768,7 @@ def read_raw_mrpc(name, base):
     if listed is None:
         raise InputError(f"{name}: {base} lacks dev_ids.tsv (or mrpc_dev_ids.tsv), which says which pairs of "
                          "msr_paraphrase_train.txt are GLUE's dev")
-    try:
-        with open(listed, encoding="utf-8-sig") as file:
-            dev = {tuple(line.split()) for line in file}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot read {listed} ({error})")
+    dev = {tuple(line.split()) for line in read_text(listed).splitlines()}
     splits = {"train": [], "test": []}
     for columns, row in read_tsv(name, os.path.join(base, "msr_paraphrase_train.txt")):
         splits["test" if (columns[1], columns[2]) in dev else "train"].append(row)
@@ -1921,25 +1778,17 @@ def read_raw_mrpc(name, base):
 def read_imdb(name, base):
     """A review per file, in folders neg and pos; train/unsup has no labels."""
     splits = {"train": [], "test": []}
-    for split, rows in splits.items():
-        for label, kind in enumerate(("neg", "pos")):
-            folder = os.path.join(base, split, kind)
-            paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt")))
-            if not paths:
-                raise InputError(f"{name}: no reviews (.txt) in {folder}; needed: {TEXTS[name].needed}")
-            rows += [(read_review(name, path), None, label) for path in paths]
+    for split, (label, kind) in itertools.product(splits, enumerate(("neg", "pos"))):
+        folder = os.path.join(base, split, kind)
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt")))
+        if not paths:
+            raise InputError(f"{name}: no reviews (.txt) in {folder}; needed: {TEXTS[name].needed}")
+        for path in paths:
+            text = read_text(path).replace("<br />", "\n").strip()
+            if not text:
+                raise InputError(f"{path}: an empty review")
+            splits[split].append((text, None, label))
     return splits
-
-
-def read_review(name, path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read().replace("<br />", "\n").strip()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot read {path} ({error})")
-    if not text:
-        raise InputError(f"{path}: an empty review")
-    return text
 
 
 @dataclass
@@ -1960,16 +1809,13 @@ TEXTS = {
         ["not a paraphrase", "paraphrase"], "accuracy/F1"),
     "cola": TextSource(
         read_glue, glue_places("CoLA"), ["train.tsv"], dict(train=8551, test=1043),
-        "CoLA.zip, unpacked",
-        ["unacceptable", "acceptable"], "Matthews"),
+        "CoLA.zip, unpacked", ["unacceptable", "acceptable"], "Matthews"),
     "rte": TextSource(
         read_glue, glue_places("RTE"), ["train.tsv"], dict(train=2490, test=277),
-        "RTE.zip, unpacked",
-        ["entailment", "not entailment"], "accuracy"),
+        "RTE.zip, unpacked", ["entailment", "not entailment"], "accuracy"),
     "imdb": TextSource(
         read_imdb, ["aclImdb", "imdb/aclImdb", "imdb", "IMDB"], ["train/pos"], dict(train=25000, test=25000),
-        "aclImdb_v1.tar.gz, unpacked",
-        ["negative", "positive"], "accuracy"),
+        "aclImdb_v1.tar.gz, unpacked", ["negative", "positive"], "accuracy"),
 }
 
 
@@ -2038,70 +1884,50 @@ def print_difficulty(tasks):
 
 def check(name, data_dir, image_size, workers, output, limit=2000):
     """Print what there is of a dataset, write a contact sheet; InputError on what is missing."""
+    name, = check_names([name], data_dir)
+    if origin_of(name) in SPECS or name != origin_of(name):
+        raise InputError(f"--check looks at a real dataset or a folder of images, not at {name}")
     found = find(name, data_dir)
-    some = ", ".join(str(c) for c in found.class_names[:6])
-    more = ", ..." if len(found.class_names) > 6 else ""
-    print(f"{name}: {len(found.class_names):,} classes ({some}{more})")
+    some = ", ".join(found.class_names[:6]) + (", ..." if len(found.class_names) > 6 else "")
+    print(f"{name}: {len(found.class_names):,} classes ({some})")
     for split, files in found.files.items():
-        classes = len({label for _, label in files})
-        what = "images with masks" if found.masks else f"images of {classes:,} classes"
-        print(f"  {split}: {len(files):,} {what}; official: {found.official.get(split, '-')}")
-    shown = check_images(name, found, image_size, workers, limit)
-    save_grid(torch.stack(shown).float() / 255, output, 20)
-    print(f"  {output}: the first images of {' and of '.join(found.files)}")
+        what = "with masks" if found.masks else f"of {len({label for _, label in files}):,} classes"
+        print(f"  {split}: {len(files):,} images {what}; official: {found.official.get(split, '-')}")
+    start = time.perf_counter()
+    first = {split: files[:limit] for split, files in found.files.items()}
+    images, _ = read_all(first, image_size, workers, name, found.class_names)
+    count, seconds = sum(map(len, first.values())), time.perf_counter() - start
+    print(f"  {count:,} images decoded to {image_size} pixels: {count / seconds:,.0f} images/s")
+    mean, std = norm_of(name, images["train"])
+    print(f"  mean of train {mean}, std {std}; used: {NORMS.get(name, 'these')}")
+    save_grid(torch.cat([some[:40] for some in images.values()]).float() / 255, output, 20)
+    print(f"  {output}: the first images of {' and of '.join(images)}")
     for path in found.missing[:20]:
         print(f"  missing: {path}")
-    trouble = differences(found)
-    if found.missing:
-        trouble.insert(0, f"{len(found.missing):,} listed images are missing")
+    trouble = [f"{len(found.missing):,} listed images are missing"] if found.missing else []
+    report_whole(name, trouble + differences(found), known=found.official)
+
+
+def report_whole(name, trouble, known=True):
     if trouble:
         raise InputError(f"{name} is not whole: {'; '.join(trouble)}")
-    print(f"{name} is whole: its counts are the official ones" if found.official else
-          f"{name}: no official counts are known")
-
-
-def check_images(name, found, image_size, workers, limit):
-    """Read the first `limit` images of every split and say how fast that is; returns the first ones."""
-    shown, unreadable, labels = [], {}, {}
-    for split, files in found.files.items():
-        files = files[:limit]
-        start = time.perf_counter()
-        images, _, unreadable[split] = read_images(files, image_size, workers, name, len(found.class_names))
-        seconds = time.perf_counter() - start
-        labels[split] = np.array([label for _, label in files])
-        shown += images[:40]
-        if split == "train":
-            how = f"with {workers} workers" if len(files) > 500 else "in this process"
-            print(f"  {len(files):,} training images decoded to {image_size} pixels: "
-                  f"{len(files) / seconds:,.0f} images/s {how}")
-            mean, std = norm_of(name, images)
-            print(f"  their mean {mean}, std {std}; used: {NORMS.get(name, 'those of the training images')}")
-    report_unreadable(name, unreadable, labels, found.class_names)
-    return shown
+    print(f"{name} is whole: its counts are the official ones" if known else f"{name}: no known counts")
 
 
 def check_texts(name, data_dir, tokens):
     """As `check`, for texts."""
-    source = TEXTS[name]
-    tokenizer = Tokenizer(tokens)
-    splits = read_texts(name, data_dir)
-    print(f"{name}: {len(source.class_names)} classes ({', '.join(source.class_names)}), "
-          f"scored by {source.metric}; "
-          f"official: {source.official['train']:,} / {source.official['test']:,} (train / test); "
-          f"val is {VAL_SHARE:.0%} of train")
+    source, tokenizer, splits = TEXTS[name], Tokenizer(tokens), read_texts(name, data_dir)
+    train, test = source.official["train"], source.official["test"]
+    print(f"{name}: {len(source.class_names)} classes ({', '.join(source.class_names)}), scored by "
+          f"{source.metric}; official: {train:,} / {test:,} (train / test); val is {VAL_SHARE:.0%} of train")
     for split, rows in splits.items():
         counts = np.bincount([label for _, _, label in rows])
-        label, count = counts.argmax(), counts.max()
         longest = max(map(len, tokenised(name, split, rows, tokenizer)))
-        print(f"  {split}: {len(rows):,} texts, {count:,} of them ({count / len(rows):.1%}) "
-              f"{source.class_names[label]}; the longest has {longest:,} tokens")
-    text, second, label = splits["train"][0]
-    first = text if second is None else f"{text}\n{second}"
-    print(f"  the first training text, {source.class_names[label]}: {first[:200]!r}")
-    trouble = text_differences(name, splits)
-    if trouble:
-        raise InputError(f"{name} is not whole: {'; '.join(trouble)}")
-    print(f"{name} is whole: its counts are the official ones")
+        print(f"  {split}: {len(rows):,} texts, {counts.max():,} of them ({counts.max() / len(rows):.1%}) "
+              f"{source.class_names[counts.argmax()]}; the longest has {longest:,} tokens")
+    first, second, label = splits["train"][0]
+    print(f"  the first training text, {source.class_names[label]}: {first[:200]!r} {(second or '')[:200]!r}")
+    report_whole(name, text_differences(name, splits))
 
 
 def main(argv=None):
@@ -2988,11 +2814,10 @@ def load_drawn(names, data_dir, image_size, seed, workers):
     images = draw_missing(names, data_dir, image_size, seed, workers)
     tasks = {}
     for name in names:
-        splits = {split: images[name, split] for split in SPLITS}
+        splits = {split: images[name, split][:, :3] for split in SPLITS}
         labels = {split: drawn_labels(name, split) for split in SPLITS}
         if SPECS[name].masks:
-            labels = {split: some[:, 3].copy() for split, some in splits.items()}
-            splits = {split: some[:, :3] for split, some in splits.items()}
+            labels = {split: images[name, split][:, 3].copy() for split in SPLITS}
         fingerprint = digest("drawn", name, DRAWN_VERSION, seed, image_size, *SPECS[name].sizes)
         tasks[name] = make_task(name, SPECS[name].class_names, splits, labels, fingerprint)
     return tasks
@@ -3004,16 +2829,17 @@ def draw_missing(names, data_dir, image_size, seed, workers):
     for name, split in itertools.product(names, SPLITS):
         images[name, split] = read_cache(name, split, data_dir, image_size, seed)
         if images[name, split] is None:
-            chunks += [(name, split, k) for k in range(math.ceil(split_size(name, split) / CHUNK))]
+            count = math.ceil(len(drawn_labels(name, split)) / CHUNK)
+            chunks += [(name, split, k) for k in range(count)]
     parts = collections.defaultdict(list)
     with ThreadPoolExecutor(workers) as pool:               # threads will do: numpy lets go of Python's lock
         drawn = pool.map(lambda chunk: draw_chunk(*chunk, image_size, seed), chunks)
         progress = tqdm(zip(chunks, drawn), "drawing", len(chunks), leave=False, disable=None)
         for (name, split, _), part in progress:
             parts[name, split].append(part)
-    for (name, split), some in parts.items():
-        images[name, split] = np.concatenate(some)
-        write_cache(cache_path(name, split, data_dir, image_size, seed), images[name, split])
+    for key, some in parts.items():
+        images[key] = np.concatenate(some)
+        write_cache(cache_path(*key, data_dir, image_size, seed), images[key])
     return images
 
 
@@ -3033,14 +2859,8 @@ def drawn_labels(name, split):
     Of a task with masks only their number counts.
     """
     spec = SPECS[name]
-    pattern = range(len(spec.class_names))
-    if spec.train_labels and split == "train":
-        pattern = spec.train_labels
-    return np.resize(np.array(pattern, np.int64), split_size(name, split))
-
-
-def split_size(name, split):
-    return SPECS[name].sizes[SPLITS.index(split)]
+    own = spec.train_labels if split == "train" else None
+    return np.resize(np.array(own or range(len(spec.class_names)), np.int64), spec.sizes[SPLITS.index(split)])
 
 
 def cache_path(name, split, data_dir, image_size, seed):
@@ -3054,7 +2874,7 @@ def read_cache(name, split, data_dir, image_size, seed):
             images = file["images"]
     except Exception:                                       # a damaged file may make numpy raise anything
         return None
-    expected = (split_size(name, split), 3 + SPECS[name].masks, image_size, image_size)
+    expected = (len(drawn_labels(name, split)), 3 + SPECS[name].masks, image_size, image_size)
     return images if images.shape == expected and images.dtype == np.uint8 else None
 
 
@@ -3077,6 +2897,7 @@ BEASTS = ("cat", "dog", "pig", "hen", "fox", "cow", "owl", "ant", "bee", "ram", 
 SYNONYMS = (("saw", "met"), ("hit", "beat"), ("fed", "kept"))
 TIMES = ("", " now", " today", " soon", " later", " here", " often", " once")
 LOOKS = ("", "", "old ", "big ", "red ", "sad ")
+ARTICLES = (("a", "the"), ("", "the"))                      # of one, of several
 ACTIONS = ("see", "like", "fear", "bite", "hear", "chase")
 DEEDS = ("ran", "sat", "hid", "ate", "fell", "won", "left", "came", "woke", "sang", "slid", "swam")
 AMOUNTS = ("all", "most", "many", "some", "few", "no")
@@ -3090,9 +2911,7 @@ def write_paraphrases(rng):
     a, b = rng.sample(PEOPLE, 2)
     verb = rng.randrange(3)
     same = rng.random() < 0.68                              # MRPC's share
-    first = rng.choice(SYNONYMS[verb])
-    second = rng.choice(SYNONYMS[verb])
-    when = rng.choice(TIMES)
+    first, second, when = rng.choice(SYNONYMS[verb]), rng.choice(SYNONYMS[verb]), rng.choice(TIMES)
     c, d = a, b
     if not same and rng.random() < 0.2:
         c, d = b, a
@@ -3108,8 +2927,9 @@ def write_acceptability(rng):
         wrong = rng.choice(("verb", "article", "order"))
     many_subjects = rng.random() < 0.5 or wrong == "article"
     many_objects = rng.random() < 0.5 or wrong == "article"
-    subject = [article(rng, many_subjects), rng.choice(LOOKS).strip(), beast(rng, many_subjects)]
-    target = [article(rng, many_objects), beast(rng, many_objects)]
+    subject = [rng.choice(ARTICLES[many_subjects]), rng.choice(LOOKS).strip(),
+               rng.choice(BEASTS) + "s" * many_subjects]
+    target = [rng.choice(ARTICLES[many_objects]), rng.choice(BEASTS) + "s" * many_objects]
     if wrong == "article":
         rng.choice((subject, target))[0] = "a"
     verb = rng.choice(ACTIONS)
@@ -3122,21 +2942,12 @@ def write_acceptability(rng):
     return " ".join(words), None, int(wrong is None)
 
 
-def article(rng, many):
-    return rng.choice(("", "the") if many else ("a", "the"))
-
-
-def beast(rng, many):
-    return rng.choice(BEASTS) + ("s" if many else "")
-
-
 def write_entailment(rng):
     """Whether the second sentence follows from the first, which is about more of the same beasts, or none."""
     true = rng.random() < 0.5
     pairs = [(p, h) for p in AMOUNTS for h in AMOUNTS if follows(p, h) == true]
     premise, hypothesis = rng.choice(pairs)
-    beasts = rng.choice(BEASTS) + "s"
-    look = rng.choice(LOOKS)
+    beasts, look = rng.choice(BEASTS) + "s", rng.choice(LOOKS)
     deed = done = rng.choice(DEEDS)
     if not true and rng.random() < 0.15:
         hypothesis = premise

@@ -106,16 +106,20 @@ def test_bad_tokenizer_files(tmp_path):
 
     bad("no vocab.json or encoder.json", lambda folder: (folder / "vocab.json").unlink())
     bad("no merges.txt or vocab.bpe", lambda folder: (folder / "merges.txt").unlink())
-    bad("cannot read the tokens", lambda folder: (folder / "vocab.json").write_text("{"))
-    bad("cannot read the tokens", lambda folder: (folder / "vocab.json").write_text("[1, 2]"))
-    bad("cannot read the tokens", lambda folder: (folder / "merges.txt").write_bytes(b"\xff\xfe"))
-    bad("'extra' is in one of .* only", extra=267)
-    bad("'low' is in one of .* only", low=None)
-    bad("'<|endoftext|>' is in one of".replace("|", "."), **{data.END: None})
+    bad("are not GPT-2's", lambda folder: (folder / "vocab.json").write_text("{"))
+    bad("are not GPT-2's", lambda folder: (folder / "vocab.json").write_text("[1, 2]"))
+    bad("are not GPT-2's", lambda folder: (folder / "vocab.json").write_text("[" * 100_000))
+    bad("'extra' is in one of the two files only", extra=267)
+    bad("'low' is in one of the two files only", low=None)
+    bad("'<.endoftext.>' is in one of", **{data.END: None})
     bad("with <.endoftext.> last", **{data.END: 0, "!": 266})
     bad("not the numbers from 0", low=700)
-    bad("cannot read the tokens", low="257")
-    bad("not two tokens: 'l o w'", lambda folder: (folder / "merges.txt").write_text("l o w\n"))
+    bad("are not GPT-2's", low="257")
+    bad("are not GPT-2's", lambda folder: (folder / "merges.txt").write_text("l o w\n"))
+    gpt2_files(tmp_path)
+    (tmp_path / "merges.txt").write_bytes(b"\xff\xfe")
+    with refuses("cannot read .*merges.txt"):
+        data.Tokenizer(str(tmp_path))
 
 
 # Tasks and batches
@@ -461,7 +465,7 @@ def test_check(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "2 classes (entailment, not entailment), scored by accuracy; official: 20 / 6 (train / test); val is 10% of train" in said
     assert "  test: 6 texts, 3 of them (50.0%) entailment; the longest has 25 tokens" in said
-    assert "the first training text" in said and "\\nClaim" in said and "rte is whole" in said
+    assert "the first training text" in said and "'Claim 18'" in said and "rte is whole" in said
 
 
 def test_official_counts():
