@@ -48,8 +48,7 @@ for line in STANDS_FOR.strip().splitlines():
 NINE = ["aircraft", "objects", "pedestrian", "textures", "signs", "glyphs", "digits", "motion", "flowers"]
 UNSEEN = ["clothing", "faces", "lesions"]
 TEXT = ["paraphrases", "paraphrases F1", "acceptability", "entailment", "sentiment"]
-NEAR = ["kinds", "variety", "tail", "cifar10", "cifar100", "food101"]               # Fig. 4 of the same
-SETS = {"nine": NINE, "unseen": UNSEEN, "text": TEXT, "near": NEAR}
+SETS = {"nine": NINE, "unseen": UNSEEN, "text": TEXT}
 
 METHODS = {"ghn3": "GHN-3", "logah": "LoGAH", "tal": "TAL", "tal+": "TAL+"}         # who a run is of
 ABLATIONS = {"no-task-info": "TAL (w/o T.I.)", "no-ancestry": "TAL (w/o ans-net)", "tal": "TAL"}
@@ -104,7 +103,6 @@ def named(record, folder):
     record["seed"] = int(seed[1]) if seed else 0
     record["who"] = WHO.get(record["run"].split("/")[0])
     record["start"] = STARTS.get(record.get("method"))
-    record["draw"] = f"draw {(record.get('draw') or 0) + 1}"
     record["task"] = DRAWN_NAME.get(record.get("task"), record.get("task"))
     if "texts_per_s" in record:
         record["images"], record["images_per_s"] = record["texts"], record["texts_per_s"]
@@ -181,13 +179,14 @@ def training_time(records):
 
 
 def text_training_time(records):
-    """Of one TAL, and of the LoGAHs of all tasks together."""
+    """Of one TAL, and of the LoGAHs of all four tasks together."""
     for seed, minutes in minutes_of(records, "text-tal").items():
         yield "minutes, TAL", "all", seed, minutes
     runs = sorted({r["run"] for r in select(records, "text-logah-*", "tune")})
     each = [minutes_of(records, run) for run in runs]
-    for seed in sorted(set.intersection(*map(set, each))) if each else []:
-        yield "minutes, LoGAH", "all", seed, sum(minutes[seed] for minutes in each)
+    for seed in each[0] if len(each) == 4 else []:
+        if all(seed in minutes for minutes in each):
+            yield "minutes, LoGAH", "all", seed, sum(minutes[seed] for minutes in each)
 
 
 def unseen_tasks(records):
@@ -242,6 +241,17 @@ def curves(records):
                 yield f"{network}, {r['start']}", f"{images:.0f}", r["seed"], accuracy
 
 
+def selections(records):
+    """Random ones, and on the same tasks those of TALS, all ten learngenes and none."""
+    draws = select(records, "table1-random", "train")
+    for r in draws:
+        yield f"draw {r['draw'] + 1}", r["task"], r["seed"], r["accuracy"]
+    tasks = "|".join({r["task"] for r in draws})
+    for method, row in (("adaptive", "TALS"), ("all", "all ten"), ("scratch", "From Scratch")):
+        for r in select(records, "table1-small", "train", method=method, task=tasks):
+            yield row, r["task"], r["seed"], r["accuracy"]
+
+
 def pools(records):
     """Forgetting, and learngenes alone: row n of a "table" has the accuracies of learngene n on all datasets,
     the last row those of an untrained network."""
@@ -281,7 +291,7 @@ TABLES = ["tal-1", "tal-2", "tal-3", "tal-4", "tal-5", "tal-6", "tal-7", "tal-8"
           "alternatives", "al-1", "al-2", "al-3", "al-4", "al-fig3", "al-fig4", "al-pool"]
 CALCULATED = {"tal-4": [training_time], "tal-5": [unseen_tasks], "tal-6": [text_training_time],
               "tal-fig3": [task_graphs], "al-4": [fewest_learngenes], "al-fig3": [curves],
-              "al-pool": [pools, domains]}
+              "al-fig4": [selections], "al-pool": [pools, domains]}
 
 
 def collect(out, results):

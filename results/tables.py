@@ -273,7 +273,7 @@ def one_learngene(pool, table1):
     rows = [row for row in pool.rows() if row.startswith("one learngene") or row == "constrained"]
     if not rows:
         return ""
-    tasks = [task for task in table1.columns() if task in pool.columns()]
+    tasks = [task for task in PAPERS_NAME if task in pool.columns(rows[0])]
     ours = [spread(table1.cell("Small, Adapt-Learngene", task)) for task in tasks]
     lines = [["Table 1's descendants", *ours]]
     for row in rows:
@@ -301,7 +301,9 @@ def sizes():
 def machine(results):
     """What run.txt says: each start with machine, commit and versions, and the minutes of all cells."""
     path = results / "run.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
+    if not path.exists():
+        return ""
+    lines = path.read_text().splitlines()
     minutes = sum(float(line.split()[0]) for line in lines if not line.startswith("#"))
     starts = [f"- {line[2:]}" for line in lines if line.startswith("#")]
     total = f"Runs ({minutes:.0f} minutes of one core together; each cell's are in [run.txt](run.txt)):"
@@ -359,10 +361,13 @@ def alternatives_page(t):
 
 
 def filled(page, parts):
-    """The text of pages/PAGE, with the parts in their places."""
+    """The text of pages/PAGE, with the parts in their places; an empty one leaves no empty lines."""
     text = (RESULTS / "pages" / page).read_text()
     for name, part in parts.items():
-        text = text.replace("{{" + name + "}}", part)
+        mark = "{{" + name + "}}"
+        if not part:
+            text = text.replace(mark + "\n\n", "")
+        text = text.replace(mark, part)
     return text
 
 
