@@ -441,8 +441,8 @@ def checked(name, data_dir):
     if os.path.isdir(name) and not (name in REAL and os.path.isdir(own) and os.path.samefile(own, name)):
         part = PART.fullmatch(name)
         if name in known or (part and (part[1] in known or os.path.isdir(part[1]))):
-            raise InputError(f"{name} is a task, and there is a folder of this name, too: write ./{name} for "
-                             "the folder; for the task, start in another directory")
+            raise InputError(f"{name} is a task and also a folder: write ./{name} for the folder, or start the "
+                             "script elsewhere for the task")
         path = os.path.normpath(name)
         return os.path.join(".", path) if path in known else path
     if name not in known:
@@ -533,8 +533,7 @@ IMAGE_TYPES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif",
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")      # whatever a file is called
 JUNK = re.compile(r"\..*|__MACOSX|@eaDir|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 
-SPLIT_FOLDERS = {"train": "train", "training": "train",
-                 "val": "val", "valid": "val", "validation": "val",
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                  "test": "test", "testing": "test"}
 LIKE_A_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|eval|test|testing)(?![a-z])")
 
@@ -564,8 +563,7 @@ def read_folder(root):
         print(f"{printable(root)}: no val folder, so {HELD_OUT:.0%} of each class is held out as val")
         for label, count in collections.Counter(label for _, label in train).items():
             if count == 1:
-                raise InputError(f"class folder {found.class_names[label]} in {top} holds a single image; "
-                                 "without a val/ folder a class needs at least 2")
+                raise InputError(f"class {found.class_names[label]} in {top} has one image; it takes 2")
         found.files |= hold_out(train, [os.path.relpath(path, top) for path, _ in train])
     if "test" not in found.files:
         print(f"{printable(root)}: no test folder, so test is the same as val")
@@ -591,13 +589,11 @@ def split_folders(root):
         if split:
             splits[split] = os.path.join(root, name)
         elif LIKE_A_SPLIT.match(name.lower()):
-            raise InputError(f"{os.path.join(root, name)} looks like a split, but its name is none of "
-                             f"{', '.join(SPLIT_FOLDERS)}: rename it or move it away")
+            raise InputError(f"is {os.path.join(root, name)} a split? Call it train, val or test, or move it")
         elif has_train:
             print(f"{printable(root)}: {printable(name)}/ is not used, as it is no split such as train/")
     if splits and not has_train:
-        raise InputError(f"{root} has {' and '.join(sorted(splits))} images in folders of their own, but no "
-                         "train/ folder")
+        raise InputError(f"{root} has folders of {' and '.join(sorted(splits))} images, but no train/")
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
@@ -610,8 +606,7 @@ def read_splits(folders):
             classes = names
         elif names != classes:
             odd = sorted(set(names) ^ set(classes))
-            raise InputError(f"{folders['train']} and {folder} must have the same class folders; only one of "
-                             f"them has {', '.join(odd[:5])}")
+            raise InputError(f"only one of {folders['train']} and {folder} has class {', '.join(odd[:5])}")
     return Found(classes, files)
 
 
@@ -730,7 +725,7 @@ def open_image(path, size):
         short, long = sorted(image.size)
         if max(short * long, size * size * long / short) > MAX_PIXELS:
             raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
-        if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
             raise ValueError("32 bits per pixel; save it with 8 or 16")
         if image.mode.startswith("I"):
             levels = np.asarray(image).astype(np.int64)
@@ -849,14 +844,12 @@ def report_unreadable(name, unreadable, labels, class_names):
     which = ", ".join(sentences[:20]) + (", ..." if len(sentences) > 20 else "")
     total = sum(map(len, labels.values()))
     if len(sentences) > max(1, BAD_SHARE * total):
-        raise InputError(f"{name}: cannot read {len(sentences)} of {total:,} images (one is skipped, or 1 in "
-                         f"1,000): {which}")
+        raise InputError(f"{name}: cannot read {len(sentences)} of {total:,} images, too many: {which}")
     for split, rows in unreadable.items():
         lost = collections.Counter(labels[split][list(rows)].tolist())
         for label, count in lost.items():
             if count == int((labels[split] == label).sum()) and not isinstance(label, str):
-                left_out = class_names[label]
-                raise InputError(f"{name}: no {split} image of class {left_out} can be read: {which}")
+                raise InputError(f"{name}: cannot read any {split} image of {class_names[label]}: {which}")
     print(f"{name}: skipped {len(sentences)} of {total:,} images, which cannot be read: {which}", flush=True)
 
 
@@ -1060,11 +1053,9 @@ def load_real(name, origin, found, classes, image_size, workers, memory):
             files = files | {split: [(source, new[label]) for source, label in some if label in new]}
     need = sum(map(len, files.values())) * image_size ** 2 * (4 if found.masks else 3) / 2 ** 30
     if found.masks and need > MASKS_MEMORY:
-        raise InputError(f"{name} takes {need:.1f} GiB at {image_size} pixels, more than {MASKS_MEMORY}; "
-                         "give a smaller --image-size")
+        raise InputError(f"{name}: {need:.1f} GiB, more than {MASKS_MEMORY}; give a smaller --image-size")
     if need > memory and not found.masks:
-        print(f"{name}: {need:.1f} GiB at {image_size} pixels, more than {max(memory, 0):.1f}, so {workers} "
-              "processes decode images as they are needed")
+        print(f"{name}: {need:.1f} GiB, more than {max(memory, 0):.1f}: {workers} processes read on demand")
         norm = norm or measure(found, image_size, workers, origin)
         images = {split: ImageFiles(some, image_size, name, len(names)) for split, some in files.items()}
         images |= {split: images[other] for split, other in found.same.items()}
@@ -1150,11 +1141,9 @@ def read_coco(paths, candidates):
         try:
             names, listed = read_annotations(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{path} is not an annotation file in COCO's format ({reason})")
+            raise InputError(f"{path} is not in COCO's format ({type(error).__name__}: {error})")
         if names != (classes or names):
-            raise InputError(f"{paths['train']} and {path} list different categories, so their labels do not "
-                             "mean the same")
+            raise InputError(f"{paths['train']} and {path} list different categories, hence other labels")
         classes = names
         if listed:
             files[split] = resolve(listed, candidates)
@@ -1209,8 +1198,7 @@ def read_imagenet(name, base):
     """train/ and val/; the official test/ has no labels."""
     folders = {split: os.path.join(base, split) for split in ("train", "val")}
     if os.path.isdir(folders["val"]) and not sub_folders(folders["val"]):
-        raise InputError(f"{folders['val']} is flat: its images must be moved into one folder per class, "
-                         "named as in train/ (n01440764, ...), which the usual valprep.sh does")
+        raise InputError(f"{folders['val']} is flat; the usual valprep.sh gives each class a folder")
     return read_splits({split: folder for split, folder in folders.items() if os.path.isdir(folder)})
 
 
@@ -1225,8 +1213,7 @@ def by_torchvision(name, base, reader, splits, **how):
         if "scipy" in str(error):
             raise InputError(f"{name} lists its images in MATLAB files, which scipy reads: pip install scipy")
         reason = str(error).split(". You can use download")[0].split("\n")[0]
-        raise InputError(f"{name}: torchvision cannot read it in {base} ({reason}); "
-                         f"needed: {REAL[name].needed}")
+        raise InputError(f"{name}: cannot read it in {base} ({reason}); needed: {REAL[name].needed}")
 
 
 def read_cifar(name, base):
@@ -1362,8 +1349,7 @@ def faces_in_folders(name, base):
     found = read_splits({split: os.path.join(base, split) for split in ("train", "test")})
     short, folders = [emotion[:3] for emotion in FER], [folder[:3].lower() for folder in found.class_names]
     if sorted(folders) != sorted(short):
-        raise InputError(f"{name}: the folders in {base} should be {', '.join(FER)}, not "
-                         f"{', '.join(found.class_names)}")
+        raise InputError(f"{name}: {base} should have {', '.join(FER)}, not {', '.join(found.class_names)}")
     number = [short.index(folder) for folder in folders]
     files = {split: [(path, number[label]) for path, label in some] for split, some in found.files.items()}
     return Found(FER, files, official=dict(classes=7, train=28709, test=7178))     # Public- and PrivateTest
@@ -1626,8 +1612,7 @@ def text_task(name, class_names, metric, splits, tokenizer, context):
     width = min(context, max(lengths))
     cut = sum(length > context for length in lengths)
     if cut:
-        print(f"{name}: {cut:,} of {len(lengths):,} texts are longer than {context:,} tokens and keep their "
-              f"first {context:,}")
+        print(f"{name}: {cut:,} of {len(lengths):,} texts have more than {context:,} tokens and are cut")
     images, labels = {}, {}
     for split, rows in splits.items():
         images[split] = padded(ids[split], width, tokenizer.eos)
@@ -1692,8 +1677,7 @@ def read_texts(name, data_dir):
         splits[split] = sorted(rows, key=lambda row: hashed(f"{name}\n{row[0]}\n{row[1]}"))
     train, test = splits["train"], splits["test"]
     if len(train) < 2 or not test:
-        raise InputError(f"{name}: {len(train)} training and {len(test)} test texts in {base}; it takes 2 "
-                         f"and 1; needed: {source.needed}")
+        raise InputError(f"{name}: {len(train)} training and {len(test)} test texts; it takes 2 and 1")
     val = max(1, round(VAL_SHARE * len(train)))
     return {"train": train[val:], "val": train[:val], "test": test}
 
@@ -1730,8 +1714,7 @@ def read_tsv(name, path):
     table = GLUE[name]
     lines = read_text(path).split("\n")
     if table.header and lines[0].split("\t") != table.header:
-        raise InputError(f"{path}, line 1: should name the columns of {name}: {', '.join(table.header)}, "
-                         "separated by tabs")
+        raise InputError(f"{path}, line 1: should be {', '.join(table.header)}, separated by tabs")
     rows = []
     for number, line in enumerate(lines, 1):
         where, columns = f"{path}, line {number}", line.split("\t")
@@ -1766,8 +1749,7 @@ def read_raw_mrpc(name, base):
     """
     listed = first_file(base, ["dev_ids.tsv", "mrpc_dev_ids.tsv"])
     if listed is None:
-        raise InputError(f"{name}: {base} lacks dev_ids.tsv (or mrpc_dev_ids.tsv), which says which pairs of "
-                         "msr_paraphrase_train.txt are GLUE's dev")
+        raise InputError(f"{name}: {base} lacks dev_ids.tsv (or mrpc_dev_ids.tsv), the pairs of GLUE's dev")
     dev = {tuple(line.split()) for line in read_text(listed).splitlines()}
     splits = {"train": [], "test": []}
     for columns, row in read_tsv(name, os.path.join(base, "msr_paraphrase_train.txt")):
@@ -1856,8 +1838,7 @@ def save_grid(images, path, columns):
 def difficulty(task):
     """Test accuracy (%) of a linear model on pixels, and of a ViT of width 48, depth 3, patches of 1/4."""
     if task.segmentation:
-        raise InputError(f"--difficulty compares classifiers of images, but {task.name} has a class for "
-                         "every pixel: leave it out")
+        raise InputError(f"{task.name} has a class for every pixel, so it has no --difficulty")
     torch.manual_seed(0)
     size = task.images["train"].shape[-1]
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, task.num_classes))
@@ -1884,7 +1865,7 @@ def print_difficulty(tasks):
 
 def check(name, data_dir, image_size, workers, output, limit=2000):
     """Print what there is of a dataset, write a contact sheet; InputError on what is missing."""
-    name, = check_names([name], data_dir)
+    name = check_names([name], data_dir)[0]
     if origin_of(name) in SPECS or name != origin_of(name):
         raise InputError(f"--check looks at a real dataset or a folder of images, not at {name}")
     found = find(name, data_dir)
@@ -2220,7 +2201,6 @@ def ink(u, v, segments):
 
 
 # base, wide, kinds, variety, tail: filled shapes. A class is (shape, fill, palette).
-
 FILLS = ("plain", "striped", "checked", "dotted")
 PALETTES = ("warm", "cool")
 BASE_CLASSES = [(s, t, p) for s in (0, 3, 4, 5) for t in range(4) for p in (0, 1)]
@@ -2277,7 +2257,6 @@ def things(classes, bright=0.7, strong=(0.45, 0.85)):
 
 
 # scenes: a class for every pixel
-
 SCENE_SHAPES = 8                    # the first of SHAPES; the class after them is the background
 
 
@@ -2303,14 +2282,9 @@ def draw_scenes(c, labels):
     return np.concatenate([c.finish(), mask[:, None].astype(np.uint8)], 1)
 
 
-# aircraft, seen from above
-
-WINGS = {                           # nose, tail, slope of the front, slope of the back, span
-    "straight": (0.24, -0.12, 0.05, 0.0, 0.9),
-    "swept": (0.34, -0.0, 0.75, 0.6, 0.85),
-    "delta": (0.45, -0.6, 1.35, 0.0, 0.75),
-    "forward": (-0.1, -0.45, -0.5, -0.45, 0.8),
-}
+# aircraft, seen from above. Wings: nose, tail, slope of the front, slope of the back, span.
+WINGS = {"straight": (0.24, -0.12, 0.05, 0.0, 0.9), "swept": (0.34, -0.0, 0.75, 0.6, 0.85),
+         "delta": (0.45, -0.6, 1.35, 0.0, 0.75), "forward": (-0.1, -0.45, -0.5, -0.45, 0.8)}
 ENGINES = ("glider", "twin")
 TAILS = ("small tail", "large tail", "canard")
 AIRCRAFT = [f"{wing}-wing {engine}, {tail}" for wing in WINGS for engine in ENGINES for tail in TAILS]
@@ -2355,7 +2329,6 @@ def draw_aircraft(c, labels):
 
 
 # objects: a pair of shapes
-
 OBJECT_SHAPES = (0, 2, 3, 4, 5, 7)
 OBJECTS = [f"{SHAPE_NAMES[a]} and {SHAPE_NAMES[b]}" for a in OBJECT_SHAPES for b in OBJECT_SHAPES]
 
@@ -2410,7 +2383,6 @@ def draw_pedestrian(c, labels):
 
 
 # textures: heights in about [-1, 1] of coordinates with period 1 and a random field r for the irregular ones
-
 TEXTURES = {
     "striped": lambda u, v, r: wave(u),
     "banded": lambda u, v, r: wave(u) + 0.9,
@@ -2446,7 +2418,6 @@ def draw_textures(c, labels):
 
 
 # signs: a symbol on a plate
-
 PLATES = {
     "triangle": lambda u, v: polygon(u, v - 0.2, 3, 0.52, 0.25),
     "disc": lambda u, v: length(u, v) - 0.88,
@@ -2521,8 +2492,6 @@ def draw_glyphs(c, labels):
     return c.finish()
 
 
-# digits
-
 DIGITS = strokes("30 50 62 66 58 38 26 22 30", "31 40 48/38 58", "22 30 50 62 63 28 68",
                  "21 30 50 62 53 44 55 66 58 38 27", "58 50 25 65", "60 30 23 44 54 65 66 58 38 27",
                  "60 40 23 26 38 58 66 65 54 34 25", "20 60 38", "40 62 44 22 40/44 66 58 38 26 44",
@@ -2547,7 +2516,6 @@ def draw_digits(c, labels):
 
 
 # motion: a moving body leaves a trace on grey, faint where it was early and strong where it is late
-
 PATHS = {"across": "04 84", "down": "40 48", "rising": "17 71", "falling": "11 77", "hop": "07 24 42 64 87",
          "dip": "01 24 46 64 81", "circle": "40 71 84 77 48 17 04 11 30", "zigzag": "02 26 42 66 82",
          "stairs": "08 05 35 32 62 60", "hook": "11 17 77 74", "loop": "07 45 72 50 22 45 87",
@@ -2590,7 +2558,6 @@ def draw_motion(c, labels):
 
 
 # flowers: petals around a heart
-
 PETALS = {3: 0.36, 4: 0.33, 5: 0.27, 8: 0.16}               # number of petals: their width
 FORMS = ("round", "pointed", "notched")
 HEARTS = ("small", "large")
@@ -2633,8 +2600,6 @@ def draw_flowers(c, labels):
     c.paint(cover(length(p.u, p.v) - radius, p.edge), heart_colour)
     return c.finish()
 
-
-# clothing
 
 def sleeves(u, v, reach, drop):
     """Two sleeves from the shoulders outwards, reach wide, drop long."""
@@ -2683,8 +2648,6 @@ def draw_clothing(c, labels):
     return c.finish()
 
 
-# faces
-
 EXPRESSIONS = {     # mouth: curve (smile > 0), opening, width; brow: height, tilt (frown > 0); eyes: opening
     "neutral": (0.0, 0.02, 0.3, 0.0, 0.0, 0.1),
     "happy": (0.7, 0.08, 0.38, 0.03, 0.0, 0.08),
@@ -2722,8 +2685,6 @@ def draw_faces(c, labels):
     c.paint(cover(np.maximum(abs(bend) - lips, across - width), p.edge), dark)
     return c.finish()
 
-
-# lesions
 
 LESIONS = ("nevus", "melanoma", "keratosis", "carcinoma", "scaly patch", "vascular", "fibroma")
 LESION_PATTERN = (0, 1, 2, 3, 0, 4, 5, 0, 6, 2, 0, 1, 0, 3, 0, 2, 1, 0, 4, 0)      # mostly nevi, as HAM10000

@@ -247,7 +247,7 @@ def test_a_named_folder_goes_first(tmp_path):
 def test_imagenet_flat_val(tmp_path, capsys):
     folders(tmp_path, ("train",), WNIDS)
     picture(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG", (9, 9, 9))
-    with refuses("is flat.*one folder per class"):
+    with refuses("is flat"):
         load("imagenet", tmp_path)
     with refuses("no train in.*a folder per class"):
         load("imagenet", tmp_path / "elsewhere")
@@ -359,7 +359,7 @@ def test_flowers(tmp_path, monkeypatch):
     with refuses("label 102 of 102 classes"):
         load("flowers102", tmp_path)
     (root / "setid.mat").write_bytes(b"MATLAB")
-    with refuses("flowers102: torchvision cannot read it"):
+    with refuses("flowers102: cannot read it"):
         load("flowers102", tmp_path)
 
 

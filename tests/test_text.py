@@ -156,7 +156,7 @@ def test_text_task(task):
 def test_long_texts_are_counted(capsys):
     data.text_task("toy", ["a", "b", "c"], "accuracy", SPLITS, data.Tokenizer(), 15)
     cut = sum(len(text) + (1 + len(pair) if pair else 0) > 15 for text, pair, _ in SPLITS["train"])
-    assert capsys.readouterr().out == f"toy: {cut} of 26 texts are longer than 15 tokens and keep their first 15\n"
+    assert capsys.readouterr().out == f"toy: {cut} of 26 texts have more than 15 tokens and are cut\n"
     whole = data.text_task("toy", ["a", "b", "c"], "accuracy", SPLITS, data.Tokenizer(), 1024)
     assert capsys.readouterr().out == "" and whole.images["test"].shape == (1, 19)      # the longest training text: 15 + 1 + 3
 
@@ -322,7 +322,7 @@ def test_context(tmp_path, capsys):
     task, whole = load("imdb", tmp_path, context=10), load("imdb", tmp_path)
     said = capsys.readouterr().out
     assert task.images["train"].shape == (36, 10) and torch.equal(task.images["test"], whole.images["test"][:, :10])
-    assert "80 of 80 texts are longer than 10 tokens" in said and said.count("imdb:") == 7      # and two times three counts
+    assert "80 of 80 texts have more than 10 tokens" in said and said.count("imdb:") == 7      # and two times three counts
 
 
 @pytest.mark.optional
