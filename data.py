@@ -441,8 +441,8 @@ def checked(name, data_dir):
     if os.path.isdir(name) and not (name in REAL and os.path.isdir(own) and os.path.samefile(own, name)):
         part = PART.fullmatch(name)
         if name in known or (part and (part[1] in known or os.path.isdir(part[1]))):
-            raise InputError(f"{name} is a task and also a folder: write ./{name} for the folder, or start the "
-                             "script elsewhere for the task")
+            raise InputError(f"{name} is a task and also a folder: write ./{name} for the folder, or start "
+                             "elsewhere for the task")
         path = os.path.normpath(name)
         return os.path.join(".", path) if path in known else path
     if name not in known:
@@ -701,10 +701,14 @@ def fingerprint_of(found):
                 files.append((source, f"{split} {label}"))
     files.sort()
     top = len(os.path.dirname(os.path.commonprefix([path for path, _ in files[:1] + files[-1:]])))
-    for k, (path, what) in enumerate(files):
-        there = os.path.isfile(path)                        # or a broken link: reading it will say so
-        digits.update(as_bytes(f"{path[top:]} {what} {os.path.getsize(path) if there else 0}\n"))
-        if there and k % math.ceil(len(files) / SAMPLED) == 0:
+    sampled = {path for path, _ in files[::math.ceil(len(files) / SAMPLED) or 1]}
+    for path, what in files:
+        try:
+            size = os.path.getsize(path)
+        except OSError:                                     # a broken link; reading it will say so
+            size = 0
+        digits.update(as_bytes(f"{path[top:]} {what} {size}\n"))
+        if path in sampled and os.path.isfile(path):
             with open(path, "rb") as file:
                 digits.update(file.read())
     return digits.hexdigest()

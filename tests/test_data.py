@@ -487,7 +487,7 @@ def test_one_unreadable_image_is_skipped(folder, capsys, spoil):
     assert sum(len(y) for y in (task.labels["train"], task.labels["val"])) == 14
     assert "skipped 1 of 15 images" in capsys.readouterr().out
     (folder / "dogs" / "0.png").write_bytes(b"nor this")
-    with refuses(r"cannot read 2 of 15 images .*cats.3.png \((cannot identify|no file).*dogs.0.png"):
+    with refuses(r"cannot read 2 of 15 images, too many.*cats.3.png \((cannot identify|no file).*dogs.0.png"):
         load(folder)
 
 
