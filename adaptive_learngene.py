@@ -238,6 +238,10 @@ def tensors_of(module):
     return {name: p.detach().cpu().clone() for name, p in module.named_parameters()}
 
 
+def shapes_of(tensors):
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def stacked(genes):
     """{name: (N, ...)} of N learngenes."""
     return {name: torch.stack([gene[name] for gene in genes]) for name in genes[0]}
@@ -372,8 +376,8 @@ RECORD = {      # entries of a file; gene, stem and head: {name: tensor}; the la
 class Pool:
     """The learngenes of a directory, learngene-01.pt, ..., in the order in which they were learned.
 
-    config: what they must be; None: as the first one says. new: there may be none yet. What does not
-    fit is an InputError.
+    config: what they must be; None: as the first one says. new: there may be none yet. What does
+    not fit is an InputError.
     """
 
     def __init__(self, path, config=None, device="cpu", new=False):
@@ -414,7 +418,19 @@ class Pool:
             raise InputError(
                 f"{file} belongs to another lineage: it was not learned on top of the {len(self)} "
                 "learngenes before it; learngenes of different pools cannot be mixed")
+        self.check_tensors(record, file)
         self.records.append(record)
+
+    def check_tensors(self, record, file):
+        with torch.device("meta"):
+            net = backbone(self.config, record["depths"], len(record["class_names"]))
+        needed = {"gene": learngene_shapes(net), "head": shapes_of(net.head.state_dict())}
+        if record["stem"] or record["number"] == 1:
+            needed["stem"] = shapes_of(stem_of(net))
+        for part, shapes in needed.items():
+            for name, _ in shapes.items() ^ shapes_of(record[part]).items():
+                raise InputError(f"{file}: its {part} has no {name}, or not in the shape that these "
+                                 "networks have; restore it from a copy")
 
     def append(self, record, task, write=True):
         """Adds a learngene of `task`, measures it, and writes its file.
@@ -434,6 +450,7 @@ class Pool:
         try:
             if write:
                 common.save_checkpoint(file, exclusive=True, **record)
+                common.remove_leftovers(self.path)
         except FileExistsError:
             raise InputError(f"another run has written {file} meanwhile, which stays; start the "
                              "same command again: this dataset is learned on top of it") from None
@@ -690,6 +707,9 @@ def patch_features(net, x):
     return net.fc_norm(net.norm(net.tokens(x)))[:, -patches:]
 
 
+REWARD_HEADS, SEARCHES = ["means", "trained"], ["reinforce", "exhaustive"]
+
+
 @dataclass(frozen=True)
 class TALS:
     """Settings of the selector."""
@@ -704,6 +724,11 @@ class TALS:
     train_lr: float = 2e-3
     weight_decay: float = 0.05
     recipe: str = "shift"
+
+    def __post_init__(self):
+        for name, known in (("reward_head", REWARD_HEADS), ("search", SEARCHES)):
+            if getattr(self, name) not in known:
+                raise common.unknown(name, getattr(self, name), known)
 
 
 REWARD_IMAGES = 2500        # of the short training
@@ -763,8 +788,7 @@ def patch_logits(pool, task, depths, tals):
 def search_selection(pool, task, depths, tals, title=None):
     """(G, what the search saw: a dict of plain values). title: of a progress bar."""
     N = len(pool)
-    if tals.genes > N:
-        raise InputError(f"--genes {tals.genes}: the pool {pool.path} has {N} learngenes")
+    check_genes(tals.genes, pool)
     if tals.reward_head == "trained" and task.segmentation:
         raise InputError("--reward-head trained is for classification; for segmentation say means")
     logits_for = patch_logits if task.segmentation else image_logits
@@ -801,6 +825,11 @@ def select(pool, task, depth=None, data_dir="data", **settings):
     depths = checked_depths(pool.config, depth or pool.records[0]["depths"])
     G, _ = search_selection(pool, task.to(pool.device), depths, TALS(**settings))
     return G
+
+
+def check_genes(k, pool):
+    if k > len(pool):
+        raise InputError(f"--genes {k}: the pool {pool.path} has {len(pool)} learngenes")
 
 
 def learngenes_of(G):
@@ -913,7 +942,7 @@ def initialise(run, args, method, pool, depths, num_classes, G, task):
 def inherited(method, L, L_ancestor):
     """{layer of a descendant: layer of the ancestor} of what is copied; the rest stays random."""
     if method == "heur":                # the last three blocks, on top
-        return {L - k: L_ancestor - k for k in range(1, min(L, 3) + 1)}
+        return {L - k: L_ancestor - k for k in range(1, min(3, L, L_ancestor) + 1)}
     if method == "auto":                # the first half, below
         return {l: l for l in range(min(L, L_ancestor // 2))}
     return {l: l for l in range(L)}     # prefine: all
@@ -1237,18 +1266,17 @@ SILENT = "the paper is silent"
 FLAGS = {
     "run": [
         ("--stage", STAGES, "ancestry", "what to do; pretrain: ancestors of baselines"),
-        ("--data", names, [], "datasets to learn now, or tasks: drawn, real, or folders of images"),
         ("--stream", str, ("wide/10", "imagenet/10"),
          "datasets of the ancestry in their order; NAME/K: K disjoint subsets of its classes"),
         ("--pool", str, "", "directory of the learngenes; by default pool/ in --output"),
         ("--ancestors", str, "",
          "where the ancestors of baselines are: the directory of a --stage pretrain, or files of "
          "published ViTs; by default --output, where they are made when missing"),
-        ("--method", names, ["adaptive"], f"of {', '.join(METHODS)}"),
+        ("--method", str, "adaptive", f"comma-separated of {', '.join(METHODS)}"),
     ],
     "network": [
         ("--size", [*VIT_SIZES, *SWIN_SIZES], ("drawn-small", "small"), "width and heads"),
-        ("--depth", layers, [], "of descendants, of a Swin as 2,2,6,2; by default the ancestry's"),
+        ("--depth", layers, "", "of descendants, of a Swin as 2,2,6,2; by default the ancestry's"),
         ("--ancestry-depth", positive, (6, 12), "layers of the ancestry model (DeiT: 12)"),
     ],
     "learngenes": [
@@ -1262,10 +1290,10 @@ FLAGS = {
     ],
     "selection": [
         ("--reward-share", share, 0.1, "of the training images are looked at (Training Settings)"),
-        ("--reward-head", ["means", "trained"], "means",
+        ("--reward-head", REWARD_HEADS, "means",
          f"p_y(x) of a task without head: class means, or a short training; {SILENT}"),
         ("--lam", amount, 0.01, "lambda of Eq. (5) (Training Settings)"),
-        ("--search", ["reinforce", "exhaustive"], "reinforce", "the second checks the first"),
+        ("--search", SEARCHES, "reinforce", "the second checks the first"),
         ("--genes", whole, 0, "learngenes to select (Fig. 4: 5), 0: as many as the reward likes"),
         ("--select-steps", positive, 200, f"of REINFORCE; {SILENT}"),
     ],
@@ -1291,7 +1319,7 @@ DEFAULTS = {        # of shared flags
 def settings(argv=None):
     args = common.parse_flags(__doc__.strip(), FLAGS, DEFAULTS, argv)
     check_settings(args)
-    return args.replace(data=data.check_names(args.data, args.data_dir))
+    return args.replace(data=",".join(data.check_names(names(args.data), args.data_dir)))
 
 
 def picked(kind, args):
@@ -1335,7 +1363,7 @@ def check_settings(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} does not divide among {world} processes")
-    for method in args.method:
+    for method in names(args.method):
         check_method(args, method, depths[0])
     if args.stage == "ancestry" and not args.data:
         stream_names(args)
@@ -1362,7 +1390,7 @@ def check_method(args, method, depth):
 
 
 def check_export(args):
-    one = len(args.data) == len(args.method) == 1 and args.method != ["random"]
+    one = "," not in args.data + args.method and args.method != "random"
     if args.stage != "train" or args.size in SWIN_SIZES or not one:
         raise InputError("--export is for --stage train with one task, one --method (not random) "
                          "and ViTs")
@@ -1375,7 +1403,7 @@ def check_export(args):
 
 def pool_of(run, args, new=False):
     """The pool that the stage's methods need, None when they need none. new: it may be empty."""
-    if args.stage in ("train", "segment") and not set(args.method) & set(OURS):
+    if args.stage in ("train", "segment") and not set(names(args.method)) & set(OURS):
         return None
     path = args.pool or os.path.join(args.output, "pool")
     return Pool(path, picked(AncestryConfig, args), run.machine.device, new)
@@ -1384,7 +1412,7 @@ def pool_of(run, args, new=False):
 def ancestry(run, args):
     """Learns one dataset after another; those that the pool knows already are passed over."""
     pool = pool_of(run, args, new=True)
-    tasks = data.load_tasks(args.data or stream_names(args), args, run.machine)
+    tasks = data.load_tasks(names(args.data) or stream_names(args), args, run.machine)
     reported = run.values("pool", "learngene")
     for task in tasks.values():
         n = number_of(pool, task)
@@ -1460,9 +1488,9 @@ def pretrain(run, args):
     """The networks that the baselines of --method need."""
     if not published(args):
         pretrained(run, args, args.size)
-        if "weight-selection" in args.method:
+        if "weight-selection" in names(args.method):
             pretrained(run, args, LARGER[args.size])
-    if "tleg" in args.method:
+    if "tleg" in names(args.method):
         tleg(run, args)
 
 
@@ -1490,7 +1518,7 @@ def selected(run, args, pool, task, depths):
 
 def select_stage(run, args):
     pool, depths = pool_of(run, args), depths_of(args)
-    tasks = data.load_tasks(args.data, args, run.machine, segmentation=True)
+    tasks = data.load_tasks(names(args.data), args, run.machine, segmentation=True)
     for task in tasks.values():
         selected(run, args, pool, task, depths)
 
@@ -1498,7 +1526,9 @@ def select_stage(run, args):
 def selections(run, args, pool, task, depths):
     """Yields (method, G, draw) of all networks of a task that --method asks for."""
     found = None
-    for method in args.method:
+    if pool is not None:
+        check_genes(args.genes, pool)
+    for method in names(args.method):
         if found is None and (method == "adaptive" or method == "random" and not args.genes):
             found = selected(run, args, pool, task, depths)
         if method == "adaptive":
@@ -1517,12 +1547,12 @@ def selections(run, args, pool, task, depths):
 
 def train(run, args):
     """Descendants and baselines under one schedule and budget."""
-    tasks = data.load_tasks(args.data, args, run.machine)
+    tasks = data.load_tasks(names(args.data), args, run.machine)
     pool, depths = pool_of(run, args, new=bool(args.export)), depths_of(args)
     if pool is not None and len(pool) == 0:
         run.print(f"there are no learngenes in {pool.path}, so they are made there now, once, of "
                   f"{args.stream}: {args.ancestry_epochs:g} epochs per dataset")
-        ancestry(run, args.replace(data=[], depth=[]))
+        ancestry(run, args.replace(data="", depth=""))
         pool = pool_of(run, args)
     for task in tasks.values():
         for method, G, draw in selections(run, args, pool, task, depths):
@@ -1532,7 +1562,7 @@ def train(run, args):
 def segment(run, args):
     """Encoders initialised by every method, decoders at random, all trained alike."""
     pool, depths = pool_of(run, args), depths_of(args)
-    tasks = data.load_tasks(args.data, args, run.machine, segmentation=True)
+    tasks = data.load_tasks(names(args.data), args, run.machine, segmentation=True)
     for task in tasks.values():
         if not task.segmentation:
             raise InputError(f"{task.name} has no masks; --stage segment takes tasks that have: "
