@@ -109,7 +109,7 @@ def named(record, folder):
     if "network" in record:
         layers, width = record["network"].split("x")
         record["size"] = f"{layers}-{SIZE_OF_WIDTH.get(width, width)}"
-    if record.get("depths"):
+    if record["stage"] == "train" and "depths" in record:
         record["layers"] = layers_here_and_there(record["depths"][0], record["size"])
     return record
 

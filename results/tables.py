@@ -144,7 +144,7 @@ def fewest_learngenes(table):
             own = table.cell(row, task)
             text = spread(own)
             if row == "Small, Num":
-                text = ", ".join(f"{number:g}" for number in own.values())
+                text = ", ".join(f"{number:g}" for number in own.values()) or "-"
             cells.append(text + in_brackets(table.papers(row, task)))
         lines.append(cells)
     return markdown(["drawn data", *table.columns()], lines)
