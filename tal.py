@@ -135,7 +135,7 @@ def architectures(dataset, shape, count=1000, seed=1):
 
 
 def configuration(shape, width, depth, heads):
-    """A ViTConfig or GPT2Config. shape: {image_size, patch_size, pooling} or {vocab, context ...}."""
+    """shape: {image_size, patch_size, pooling} of ViTs, {vocab, context, num_classes} of GPT-2s."""
     kind = GPT2Config if "vocab" in shape else ViTConfig
     return kind(**shape, width=width, depth=depth, heads=heads)
 
@@ -202,14 +202,14 @@ def encode_graph(net):
     for name in builder.parameters:
         if name not in builder.node_of:
             raise InputError(
-                f"the forward pass of {type(net).__name__} does not use parameter {name}; remove it")
+                f"the forward pass of {type(net).__name__} has no use for {name}; remove it")
     return Graph(builder.ops, builder.names, builder.shapes, builder.edges, builder.outputs)
 
 
 def trace(net):
     try:
         return fx.Tracer().trace(net)
-    except Exception as error:               # of many kinds: whatever a forward pass does to a proxy
+    except Exception as error:               # of many kinds: what a forward pass does to a proxy
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"torch.fx cannot trace {type(net).__name__} ({reason[0]}); it needs a forward pass "
@@ -483,7 +483,7 @@ class Graph:
         shape = self.shapes[node]
         kind = self.op_names[node]
         if kind == "pos_enc" and self.inputs[node]:
-            kind = "token"                                   # a table in which the input is looked up
+            kind = "token"                                   # a table where the input is looked up
         weight = shape
         if kind == "bias" and self.inputs[node]:
             weight = self.shapes[self.inputs[node][0]]
@@ -839,8 +839,8 @@ def quieten(basis, trained):
 def check_classes(count, most):
     if count > most:
         raise InputError(
-            f"the hypernetwork decodes at most {most} classes, the task has {count}; train a larger "
-            "one (--hypernet)")
+            f"the hypernetwork decodes at most {most} classes, the task has {count}; train a "
+            "larger one (--hypernet)")
 
 
 @dataclass
@@ -863,7 +863,7 @@ class TiledDecoder(nn.Module):
         self.fc = nn.Linear(tile, 4 * tile * config.kernels ** 2)
         self.conv = nn.Sequential(
             nn.ReLU(), nn.Linear(4 * tile, 8 * tile), nn.ReLU(), nn.Linear(8 * tile, tile * tile))
-        self.class_layer = nn.Linear(tile, config.classes)           # the head's rows, of the tile's
+        self.class_layer = nn.Linear(tile, config.classes)           # the head's rows
 
     def forward(self, h, batches):
         """Node features (V, width) -> per batch of parameters a tensor (n, *shape)."""
@@ -1090,30 +1090,29 @@ def encoded(config, device):
 @dataclass(frozen=True)
 class Objective:
     """What Eq. (6) is made of."""
-    alpha: float                  # weight of Eq. (4)
+    ancestry: Ancestry | None     # the teacher
+    alpha: float = 0.0            # weight of Eq. (4)
     temperature: float = 1.0      # of its softmax
     soft: bool = False            # TAL+: the ancestry's logits as soft labels
 
 
-def tal_step(hypernet, ancestry, config, task, x, y, I, objective, machine):
+def tal_step(hypernet, config, task, x, y, I, objective, machine):
     """One architecture on one batch -> three float32 numbers: the loss of Eq. (6) with the
     regularisation of predicted parameters, Eq. (5) and Eq. (4) (0 without ancestry).
 
-    x: uint8 images (B, 3, H, W) or token ids (B, T); y (B,); I (t,) or None; ancestry: or None.
+    x: uint8 images (B, 3, H, W) or token ids (B, T); y (B,); I (t,) or None.
     """
+    ancestry, alpha = objective.ancestry, objective.alpha
     net, graph = encoded(config, machine.device)
-    alpha = objective.alpha if ancestry is not None else 0.0
-    features = ancestry.width if alpha else None
-    weights = hypernet.predict(graph, I, task.num_classes, features)
+    weights = hypernet.predict(graph, I, task.num_classes, ancestry.width if alpha else None)
     M = weights.pop("M").T if alpha else None
     norms = torch.stack(torch._foreach_norm(list(weights.values()))).sum()
     weights = {f"net.{name}": w for name, w in weights.items()}
     with machine.autocast():
         logits, E_train = functional_call(net, weights, (task.normalise(x),), strict=True)
         with torch.no_grad():
-            if ancestry is not None:
-                E_anc = ancestry(x, task)
-            if ancestry is not None and objective.soft and ancestry.knows(task):
+            E_anc = ancestry(x, task) if ancestry else None
+            if objective.soft and ancestry.knows(task):
                 y = soft_labels(y, ancestry.heads[task.name](E_anc))
     cls = loss_cls(y, logits.float())
     aux = torch.zeros_like(cls)
@@ -1172,12 +1171,12 @@ def task_schedule(weights, steps, seed):
     return schedule
 
 
-def train_hypernet(run, stage, args, hypernet, ancestry, tasks, embeddings, objective, epochs):
+def train_hypernet(run, stage, args, hypernet, tasks, embeddings, objective, epochs):
     """The training loop of both stages. One task: Eq. (1). Many: Eq. (7), w_tau being the
     probability to draw the task.
 
-    Step k draws its task, architectures and images from (seed, k) alone. ancestry: the teacher, or
-    None; tasks: a list; embeddings: {name: I}.
+    Step k draws its task, architectures and images from (seed, k) alone. tasks: a list;
+    embeddings: {name: I}, or {}.
     """
     machine = run.machine
     archs = architectures(args.archs, input_shape(args))
@@ -1187,46 +1186,35 @@ def train_hypernet(run, stage, args, hypernet, ancestry, tasks, embeddings, obje
     job = start_training(
         run, args, stage, hypernet,
         hypernet.optimizer_groups(args.lr, args.lr_basis, args.weight_decay), steps,
-        identity=hypernet_identity(args, stage, ancestry, tasks),
-        extra={
-            "hypernet": asdict(hypernet.config), "embeddings": embeddings,
-            "classes": {task.name: task.num_classes for task in tasks}})
+        hypernet_identity(args, stage, objective.ancestry, tasks),
+        extra={"hypernet": asdict(hypernet.config), "embeddings": embeddings,
+               "classes": {task.name: task.num_classes for task in tasks}})
     for step in job.steps():
-        rng = random.Random(f"{args.seed} {stage} {step} 0")
-        configs = rng.sample(archs, args.meta_batch)
         drawn, visit = schedule[step]
         task = tasks[drawn]
+        I = embeddings.get(task.name)
         x, y = task.batch(
             "train", visit, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
-        I = embeddings.get(task.name)
+        rng = random.Random(f"{args.seed} {stage} {step} 0")
         losses, losses_cls, losses_aux = [], [], []
-        for config in configs:
-            loss, cls, aux = tal_step(
-                hypernet, ancestry, config, task, x, y, I, objective, machine)
+        for config in rng.sample(archs, args.meta_batch):
+            loss, cls, aux = tal_step(hypernet, config, task, x, y, I, objective, machine)
             losses.append(loss)
             losses_cls.append(cls)
             losses_aux.append(aux)
         task_loss = meta_batch_loss(losses)                          # Eq. (1)
         loss = multi_task_loss([task_loss])                          # Eq. (7): one task per step
-        logged = {
-            "loss_cls": meta_batch_loss(losses_cls),
-            "loss_aux": meta_batch_loss(losses_aux),
-            f"loss {task.name}": loss,
-        }
-        if is_tenth(step, steps):
+        logged = {"loss_cls": meta_batch_loss(losses_cls), "loss_aux": meta_batch_loss(losses_aux)}
+        logged[f"loss {task.name}"] = loss
+        if (step + 1) * 10 // steps > step * 10 // steps:            # another tenth of the run
             config = asked_architecture(args)
             logged |= val_accuracies(hypernet, config, tasks, embeddings, machine.device)
         job.update(loss, **logged)
 
 
-def is_tenth(step, steps):
-    """Whether another tenth of all steps ends with this one."""
-    return (step + 1) * 10 // steps > step * 10 // steps
-
-
 @torch.no_grad()
 def val_accuracies(hypernet, config, tasks, embeddings, device, limit=500):
-    """{"val TASK": percent, a tensor} of an untrained network, for the curve in the log."""
+    """{"val TASK": percent, a tensor} of an untrained network: the curve in the log."""
     net = skeleton(config)
     _, graph = encoded(config, device)
     values = {}
@@ -1260,9 +1248,9 @@ class TAL:
     """A trained TAL at use.
 
     hypernet: made ready, in place, for sizes that it was not trained on (D19)
-    ancestry: or None, where nothing asks for it (LoGAH, GHN-3)
+    ancestry: or None, where nothing asks for it (LoGAH, GHN-3) or its file is gone
     embeddings: {name of a tuned task: I (t,)};  classes: {name of a trained task: their number}
-    trained: Settings that it was trained with
+    trained: the Settings that it was trained with
     """
     def __init__(self, hypernet, ancestry, embeddings, classes, trained):
         self.hypernet = hypernet.requires_grad_(False)
@@ -1282,21 +1270,20 @@ class TAL:
             for batch in graph.batches(self.hypernet.config.classes):
                 yield batch.role
 
+    @torch.no_grad()
     def __call__(self, net, task=None):
-        """Fills a module that torch.fx can trace with predicted parameters, and returns it.
+        """Fills any module that torch.fx can trace with predicted parameters, and returns it.
 
         task: see `embedding`. A head of more classes than the hypernetwork decodes keeps its own
-        parameters; that is printed.
+        parameters, and that is printed.
         """
         graph = encode_graph(net).to(self.device)
         most = self.hypernet.config.classes
         fits = graph.num_classes <= most
-        with torch.no_grad():
-            I = self.embedding(task)
-            weights = self.hypernet.predict(graph, I, heads=fits)
-            for name, p in net.named_parameters():
-                if name in weights:
-                    p.copy_(weights[name])
+        weights = self.hypernet.predict(graph, self.embedding(task), heads=fits)
+        for name, p in net.named_parameters():
+            if name in weights:
+                p.copy_(weights[name])
         if not fits:
             print(f"this TAL predicts heads of at most {most} classes; that of {graph.num_classes} "
                   "is kept as it is")
@@ -1305,35 +1292,34 @@ class TAL:
     def customize(self, config, images=None):
         """A ViT or GPT-2 of a configuration, with predicted parameters.
 
-        images: a task, as in `embedding`. Its classes are counted; without it, config.num_classes.
+        images: a task, as for `embedding`, whose classes count; else config.num_classes do.
         """
         task = self.find_task(images)
-        count = config.num_classes
         if isinstance(task, data.Task):
-            count = task.num_classes
+            config = replace(config, num_classes=task.num_classes)
         elif task is not None:
-            count = self.classes[task]
-        config = replace(config, num_classes=count)
+            config = replace(config, num_classes=self.classes[task])
         return self(network(config).to(self.device), task)
 
     def embedding(self, task):
         """I (t,) of a task, or None where it plays no part.
 
-        task: the name of a tuned task, a data.Task, anything that data.load finds (a folder of
-        images, a drawn or real dataset), or None.
+        task: the name of a tuned task, a data.Task, whatever data.load finds (a folder of images,
+        a drawn or a real dataset), or None.
         """
-        if not self.embeddings:                              # LoGAH, GHN-3, or not tuned yet
-            return None
         task = self.find_task(task)
-        if task is None:
+        if task is None or not self.embeddings:              # LoGAH, GHN-3, or not tuned yet
             return None
-        name = getattr(task, "name", task)
+        name = task.name if isinstance(task, data.Task) else task
         if name in self.embeddings:
             return self.embeddings[name]
+        if self.ancestry is None:
+            raise InputError("a new task needs the ancestry of this TAL, whose file is gone; give "
+                             "tal.load(..., ancestry=FILE)")
         return task_embedding(self.ancestry, task, self.device)
 
     def find_task(self, task):
-        """The name of a task it was trained on, else a data.Task; None for None."""
+        """The name of a task that it was trained on, else a data.Task; None for None."""
         if task is None or isinstance(task, data.Task) or task in self.classes:
             return task
         name, trained = str(task), self.trained
@@ -1343,35 +1329,28 @@ class TAL:
 
 
 def load(path, device="cpu", ancestry=None):
-    """A trained TAL from a run's directory (tune.pt if it is finished, else pretrain.pt), or from
+    """A trained TAL from a run's directory (tune.pt if that is finished, else pretrain.pt), or from
     such a file. Nothing in it is executed.
 
-    ancestry: file of the ancestry, if it is no longer where it was.
+    ancestry: its file, where that is neither where it was in training nor beside the TAL.
     """
-    path, saved = finished_hypernet(Path(path))
-    trained = Settings(saved["config"])
-    hypernet = Hypernet(HypernetConfig(**saved["extra"]["hypernet"]))
-    common.load_weights(hypernet, saved["model"], path)
-    embeddings = {name: I.to(device) for name, I in saved["extra"]["embeddings"].items()}
-    teacher = None
-    if embeddings:
-        own = path.parent / "ancestry.pt"
-        file = ancestry or trained.ancestry or own
-        teacher = read_ancestry(file, input_shape(trained)).to(device)
-    return TAL(
-        hypernet.to(device), teacher, embeddings, saved["extra"]["classes"], trained)
-
-
-def finished_hypernet(path):
-    """(path, content) of the checkpoint that a TAL is loaded from."""
-    files = [path]
-    if path.is_dir():
-        files = [path / "tune.pt", path / "pretrain.pt"]
+    path = Path(path)
+    files = [path / "tune.pt", path / "pretrain.pt"] if path.is_dir() else [path]
     for file in files:
         saved = finished(file)
         if saved and saved["stage"] in ("pretrain", "tune"):
-            return file, saved
-    raise InputError(f"there is no finished TAL in {path}; make one by --stage tune --output DIR")
+            break
+    else:
+        raise InputError(f"there is no finished TAL in {path}; make one by --stage tune --output")
+    trained, extra = Settings(saved["config"]), saved["extra"]
+    hypernet = Hypernet(HypernetConfig(**extra["hypernet"]))
+    common.load_weights(hypernet, saved["model"], file)
+    embeddings = {name: I.to(device) for name, I in extra["embeddings"].items()}
+    teacher = None
+    for place in (ancestry, trained.ancestry, file.parent / "ancestry.pt"):
+        if embeddings and teacher is None and place and (place == ancestry or Path(place).exists()):
+            teacher = read_ancestry(place, input_shape(trained)).to(device)
+    return TAL(hypernet.to(device), teacher, embeddings, extra["classes"], trained)
 
 
 def finished(path, **expected):
@@ -1383,8 +1362,8 @@ def finished(path, **expected):
 
 
 # ==================================================================================================
-# HERE THE METHOD ENDS. What follows makes a program of it: settings, the ancestry of the drawn data,
-# stages, tables and figures.
+# HERE THE METHOD ENDS. What follows makes a program of it: settings, the ancestry of the drawn
+# data, stages, tables and figures.
 # ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
@@ -1392,32 +1371,28 @@ def finished(path, **expected):
 # --------------------------------------------------------------------------------------------------
 
 STAGES = ["ancestry", "pretrain", "tune", "evaluate", "train", "customize", "plot"]
-TAL_METHODS = ["tal", "tal+"]
-PREDICTED = [*TAL_METHODS, "logah", "ghn3"]
+PREDICTED = ["tal", "tal+", "logah", "ghn3"]
 METHODS = [*PREDICTED, "random", "selection", "finetune"]
 SIZES = {**VIT_SIZES, **GPT2_SIZES}
 REAL_TASKS = [f"decathlon/{domain}" for domain in data.DOMAINS if domain != "imagenet12"]
 CODE = "paper silent; authors' code"
 
 
-def named_size(text):
-    if text not in SIZES and not re.fullmatch(r"\d+x\d+", text):
-        raise ArgumentTypeError(f"{text} is none of {', '.join(SIZES)}, nor WIDTHxHEADS as 48x6")
-    return text
+def like(pattern, example):
+    """The type of a flag whose text matches a pattern."""
+    def check(text):
+        if not re.fullmatch(pattern, text):
+            raise ArgumentTypeError(f"{text} is not like {example}")
+        return text
+    return check
 
 
-def three_sizes(text):
-    if not re.fullmatch(r"\d+x\d+x\d+", text):
-        raise ArgumentTypeError(f"{text} is not WIDTHxDEPTHxHEADS, as 64x4x8")
-    return text
+NAMED_SIZE = like("|".join(SIZES) + r"|\d+x\d+", f"{', '.join(SIZES)}, or WIDTHxHEADS as 48x6")
+THREE_SIZES = like(r"\d+x\d+x\d+", "WIDTHxDEPTHxHEADS, as 64x4x8")
+IMAGE_COUNT = like(r"tune|[1-9]\d*", "tune, or a number of at least 1")
 
-
-def image_count(text):
-    return text if text == "tune" else positive(text)
-
-
-# {heading: rows}; a row is (name, type, default or (drawn, paper), help and source). The shared ones
-# are common.SHARED; what the headings mean for a checkpoint is said there, too.
+# {heading: rows}; a row is (name, type, default or (drawn, paper), help and source). What both
+# scripts have stands in common.SHARED; there, too, what a heading means for a checkpoint.
 FLAGS = {
     "run": [
         ("--stage", STAGES, "pretrain", "what to do; a stage makes the stages it needs first"),
@@ -1425,7 +1400,7 @@ FLAGS = {
          "whose ViT (transformers: GPT-2, for text) loads the file that customize writes"),
         ("--ancestry", str, "", "checkpoint of this code, or a published ViT or GPT-2 (default: "
          "ancestry.pt in --output, made when missing)"),
-        ("--tokens", str, "", "folder with GPT-2's vocab.json and merges.txt; else tokens are bytes"),
+        ("--tokens", str, "", "folder with GPT-2's vocab.json and merges.txt; else bytes"),
     ],
     "data": [
         ("--modality", ["image", "text"], "image",
@@ -1442,9 +1417,9 @@ FLAGS = {
     ],
     "method": [
         ("--method", METHODS, "tal",
-         "tal+: wider architectures, soft labels; logah, ghn3: baselines; only for train: random, "
-         "and from the ancestry selection (evenly spaced weights, Xu et al. 2024) and finetune (all "
-         "but the head, in its own size)"),
+         "tal+: wider architectures, soft labels; logah, ghn3: baselines; for train alone: random, "
+         "and of the ancestry selection (spaced weights, Xu et al. 2024) or finetune (all but "
+         "the head, in its own size)"),
         ("--hypernet", list(HYPERNETS), ("drawn", "paper"), f"its sizes; {CODE}"),
         ("--without", ["nothing", "task-info", "ancestry"], "nothing",
          "ablations of Table 8: w/o T.I.; w/o ans-net (no Eq. (4), the task embeddings stay)"),
@@ -1464,12 +1439,12 @@ FLAGS = {
          "alpha while tuning; Eq. (7): \"typically the cross-entropy\", authors' code: 0"),
     ],
     "ancestry": [
-        ("--ancestry-size", three_sizes, ("64x4x8", "768x12x12"),
+        ("--ancestry-size", THREE_SIZES, ("64x4x8", "768x12x12"),
          "WIDTHxDEPTHxHEADS of one that is trained here; paper: ViT-Base"),
         ("--ancestry-lr", amount, (2e-3, 1e-3), "peak learning rate"),
     ],
     "customize": [
-        ("--size", named_size, ("drawn-small", "small"),
+        ("--size", NAMED_SIZE, ("drawn-small", "small"),
          "of the network for train and customize: a name, or WIDTHxHEADS"),
         ("--depth", positive, (3, 12), "its layers"),
         ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of further training"),
@@ -1481,12 +1456,12 @@ FLAGS = {
         ("--pretrain-epochs", amount, (4.0, 75.0), "Sec. 5.1"),
         ("--tune-epochs", amount, (6.0, 100.0), "Sec. 5.1"),
         ("--train-epochs", amount, (5.0, 100.0), "Tables 3 and 5; customize: 0"),
-        ("--train-images", image_count, "",
+        ("--train-images", IMAGE_COUNT, "",
          "images per task for train, instead of epochs; tune: as many as tuning shows of the task"),
     ],
 }
 
-DEFAULTS = {
+DEFAULTS = {                                                 # that differ from the shared ones
     "--output": "runs/tal",
     "--weight-decay": 1e-2,                                  # Sec. 5.1
     "--warmup": (0.03, 0.05),                                # authors' code: 5 of 75 epochs
@@ -1499,7 +1474,7 @@ TEXT_DEFAULTS = {
     "--output": "runs/tal-text",
     "--batch-size": (64, 32),                                # paper silent
     "--ancestry-epochs": (8.0, 0.0),
-    "--pretrain-epochs": (0.0, 0.0),                         # D22: Sec. 5.2 tells of one training
+    "--pretrain-epochs": 0.0,                                # D22: Sec. 5.2 tells of one training
     "--tune-epochs": (6.0, 100.0),                           # Sec. 5.2; LoGAH there: 250, drawn 15
     "--tune-alpha": (0.9, 0.0),                              # D21: chosen on val
     "--base-task": "",
@@ -1512,14 +1487,12 @@ TEXT_DEFAULTS = {
 def settings(argv=None):
     """The Settings of a command line (by default the process's own), checked."""
     args = common.parse_flags(__doc__, FLAGS, DEFAULTS, argv)
-    defaults = dict(DEFAULTS)
-    if args.modality == "text":
-        defaults |= TEXT_DEFAULTS
-    if args.stage == "customize" or (args.modality, args.stage) == ("text", "customize"):
+    defaults = DEFAULTS | TEXT_DEFAULTS if args.modality == "text" else dict(DEFAULTS)
+    if args.stage == "customize":
         defaults["--train-epochs"] = 0.0
     args = common.parse_flags(__doc__, FLAGS, defaults, argv)
     check_settings(args)
-    if args.method not in TAL_METHODS or args.without == "ancestry":
+    if args.method not in ("tal", "tal+") or args.without == "ancestry":
         args = args.replace(alpha=0.0, tune_alpha=0.0)
     if args.method == "tal+":
         wider = {"drawn": "drawn+", "ViTs-1K": "ViTs+-1K"}
@@ -1528,75 +1501,84 @@ def settings(argv=None):
 
 
 def check_settings(args):
-    """Whether the flags make sense together."""
+    """One sentence where flags do not go together."""
     is_text = args.modality == "text"
-    if is_text and args.stage in ("pretrain", "plot"):
-        raise InputError(f"--stage {args.stage} is for images; for text say tune, evaluate, train ...")
+    if is_text and args.stage in ("pretrain", "plot") or is_text != ("GPTs" in args.archs):
+        raise InputError(f"--stage {args.stage} with --archs {args.archs} is not for --modality "
+                         f"{args.modality}; choose another")
     if is_text and (args.method not in ("tal", "logah", "random") or args.source == "pretrain"):
         raise InputError("--modality text has the methods tal, logah and random, and --source tune")
-    if is_text != ("GPTs" in args.archs):
-        raise InputError(f"--archs {args.archs} is not for --modality {args.modality}")
     if args.method not in PREDICTED and args.stage != "train":
-        raise InputError(f"--method {args.method} is for --stage train; the others predict parameters")
+        raise InputError(f"--method {args.method} is for --stage train; the other stages predict "
+                         "parameters")
     if args.data and args.stage in ("ancestry", "pretrain"):
         raise InputError(f"--stage {args.stage} has tasks of its own; leave out --data")
     if args.meta_batch > 1000:
-        raise InputError("--meta-batch: a dataset holds 1000 architectures; ask for at most as many")
+        raise InputError("--meta-batch: at most 1000, as many as a dataset has architectures")
     if not args.task_temperature or not args.temperature:
         raise InputError("--task-temperature and --temperature divide; say numbers above 0")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
         raise InputError(f"--batch-size {args.batch_size} does not divide among {processes} "
                          f"processes; say a multiple of {processes}")
-    configuration(input_shape(args), *width_and_heads(args.size)[:1], args.depth,
-                  width_and_heads(args.size)[1])             # raises what is wrong with the sizes
+    if args.ancestry and not Path(args.ancestry).is_file():
+        raise InputError(f"--ancestry: there is no file {args.ancestry}")
+    asked_architecture(args)                                 # says what is wrong with its sizes
+
+
+def names_before_work(args):
+    """The settings with all tasks looked up, --data by the names that tasks are called by."""
+    def check(names):
+        return data.check_names(names, args.data_dir, args.modality)
+    args = args.replace(data=",".join(check(split(args.data))))
+    wanted = args.source if args.stage == "train" else args.stage
+    path = Path(args.output) / ("pretrain.pt" if wanted == "pretrain" else "tune.pt")
+    if args.method in PREDICTED and args.stage != "ancestry" and not path.exists():
+        if args.pretrain_epochs:
+            check([args.base_task])
+        if wanted != "pretrain":
+            check(split(args.tune_tasks))
+    return args
+
+
+def split(names):
+    return names.split(",") if names else []
 
 
 def uses_task_info(args):
-    return args.method in TAL_METHODS and args.without != "task-info"
+    return args.method in ("tal", "tal+") and args.without != "task-info"
 
 
 def input_shape(args):
     """What all networks of a run share: the shape of their input and how they pool."""
     if args.modality == "text":
         return {"vocab": vocabulary(args.tokens), "context": args.context, "num_classes": 2}
-    return {
-        "image_size": args.image_size, "patch_size": args.patch, "pooling": args.pooling}
+    return {"image_size": args.image_size, "patch_size": args.patch, "pooling": args.pooling}
 
 
 @functools.cache
 def vocabulary(folder):
-    """The number of tokens of a folder with GPT-2's two files, or of bytes."""
     return data.Tokenizer(folder).size
 
 
-def asked_architecture(args):
-    """The configuration that --size and --depth ask for."""
-    return sized(args, args.size, args.depth)
-
-
 def sized(args, size, depth):
-    width, heads = width_and_heads(size)
+    """The configuration of a size, a name or WIDTHxHEADS."""
+    width, heads = SIZES[size] if size in SIZES else map(int, size.split("x"))
     return configuration(input_shape(args), width, depth, heads)
 
 
-def width_and_heads(size):
-    if size in SIZES:
-        return SIZES[size]
-    width, heads = size.split("x")
-    return int(width), int(heads)
+def asked_architecture(args):
+    return sized(args, args.size, args.depth)
 
 
 def build_hypernet(args, ancestry_width=0):
     """The hypernetwork of a method. LoGAH and GHN-3 are TAL without task information and without
     ancestry; GHN-3 also has its own decoder (D18)."""
-    shape = input_shape(args)
-    config = replace(
+    return Hypernet(replace(
         HYPERNETS[args.hypernet],
         decoder="tiled" if args.method == "ghn3" else "low-rank",
         task_dim=ancestry_width if uses_task_info(args) else 0,
-        tokens=shape.get("vocab", 0))
-    return Hypernet(config)
+        tokens=input_shape(args).get("vocab", 0)))
 
 
 def hypernet_identity(args, stage, teacher, tasks):
@@ -1604,10 +1586,17 @@ def hypernet_identity(args, stage, teacher, tasks):
     headings = ["data", "network", "training", "method"]
     if stage == "tune":
         headings.append("tuning")
-    values = identity(args, *headings)
-    values["teacher"] = fingerprint(teacher) if teacher else None
-    values["content"] = {task.name: task.fingerprint for task in tasks}
-    return values
+    return {
+        **identity(args, *headings),
+        **content(tasks),
+        "teacher": fingerprint(teacher) if teacher else None,
+    }
+
+
+def content(tasks):
+    """What an identity holds of its tasks."""
+    return {"task": ", ".join(task.name for task in tasks),
+            "content": {task.name: task.fingerprint for task in tasks}}
 
 
 def fingerprint(module):
@@ -1620,90 +1609,16 @@ def fingerprint(module):
 
 
 # --------------------------------------------------------------------------------------------------
-# The ancestry
+# The ancestry: published, or trained on the drawn data
 # --------------------------------------------------------------------------------------------------
-
-def train_ancestry(run, args):
-    """The ancestry of the drawn data (D15): one encoder, a head per task, one task per step as
-    while tuning. For text it is a language model besides (D21)."""
-    machine = run.machine
-    names = data.GRAMMAR if args.modality == "text" else [data.BASE, *data.DECATHLON]
-    tasks = list(data.load_tasks(names, args, machine).values())
-    config = ancestry_config(args)
-    classes = {task.name: task.num_classes for task in tasks}
-    torch.manual_seed(args.seed)
-    ancestry = Ancestry(config, classes).to(machine.device)
-    counts = [len(task.labels["train"]) for task in tasks]
-    steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
-    schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, args.seed)
-    job = start_training(
-        run, args, "ancestry", ancestry,
-        parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
-        identity=identity(args, "data", "network", "training", "ancestry"),
-        extra={"config": asdict(config), "classes": classes})
-    for step in job.steps():
-        drawn, visit = schedule[step]
-        task = tasks[drawn]
-        x, y = task.batch(
-            "train", visit, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
-        with machine.autocast():
-            logits, following = ancestry_outputs(ancestry, task, task.normalise(x))
-        loss = cls = loss_cls(y, logits.float())
-        if following is not None:                            # D21: half the next token, half classes
-            loss = (cls + language_loss(x, following.float())) / 2
-        job.update(loss, loss_cls=cls)
-    report_ancestry(run, ancestry, tasks)
-    return ancestry
-
-
-def ancestry_config(args):
-    width, depth, heads = map(int, args.ancestry_size.split("x"))
-    config = configuration(input_shape(args), width, depth, heads)
-    if args.modality == "text":
-        config = replace(config, num_classes=0)
-    return config
-
-
-def ancestry_outputs(ancestry, task, x):
-    """Logits (B, C) of a task; for text also those of every next token (B, T, vocab), else None."""
-    following = None
-    if x.ndim == 2:
-        tokens = ancestry.encoder.tokens(x)                  # (B, T, d')
-        E = ancestry.encoder.last(tokens, x)
-        following = ancestry.encoder.language(tokens)
-    else:
-        E = ancestry.encode(x)
-    return ancestry.heads[task.name](E), following
-
-
-def language_loss(ids, logits):
-    """Mean cross-entropy of every next token; ids (B, T) padded at the right, logits (B, T, vocab).
-
-    Of the padding, which is the token that ends a text, the first counts.
-    """
-    padding = logits.shape[-1] - 1
-    is_behind = ids[:, :-1] == padding
-    wanted = ids[:, 1:].masked_fill(is_behind, -100)         # -100: no loss
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())
-
-
-def report_ancestry(run, ancestry, tasks):
-    scores = []
-    for task in tasks:
-        head = ancestry.heads[task.name]
-        percent = accuracy(
-            lambda x: head(ancestry.encode(x)), task, "val", run.machine.device)
-        scores.append(f"{task.name} {percent:.1f}")
-    run.print(f"ancestry, accuracy on val: {', '.join(scores)}")
-
 
 def obtain_ancestry(run, args):
     """The ancestry, frozen: --ancestry, else the run's own, trained first where there is none."""
-    path = run["ancestry"]
+    path, shape = run["ancestry"], input_shape(args)
     if args.ancestry:
-        ancestry = read_ancestry(args.ancestry, input_shape(args), run.print)
+        ancestry = read_ancestry(args.ancestry, shape, run.print)
     elif args.stage != "ancestry" and finished(path, ancestry_size=args.ancestry_size):
-        ancestry = read_ancestry(path, input_shape(args), run.print)
+        ancestry = read_ancestry(path, shape, run.print)
     elif args.ancestry_epochs:
         ancestry = train_ancestry(run, args)
     else:
@@ -1716,54 +1631,111 @@ def read_ancestry(path, shape, say=print):
     """The ancestry in a checkpoint of this code, or a published network. shape: see input_shape."""
     is_text = "vocab" in shape
     if not common.read_weights(path)[1]["own"]:
-        read = published_gpt2 if is_text else published_vit
-        return read(path, shape, say)
-    saved = load_checkpoint(path, stage="ancestry")
-    if saved["step"] < saved["steps"]:
+        return published_ancestry(path, shape, say)
+    saved = finished(Path(path), stage="ancestry")
+    if not saved:
         raise InputError(f"the ancestry in {path} is not finished; go on with its own command")
-    config = saved["extra"]["config"]
+    config, classes = saved["extra"]["config"], saved["extra"]["classes"]
     if is_text != ("vocab" in config):
         wanted = "text" if is_text else "images"
         raise InputError(f"the ancestry in {path} was not trained on {wanted}; give another")
-    config = GPT2Config(**config) if is_text else ViTConfig(**config)
-    if is_text:
-        check_tokens(path, config, shape)
-    ancestry = Ancestry(config, saved["extra"]["classes"])
+    ancestry = Ancestry(GPT2Config(**config) if is_text else ViTConfig(**config), classes)
+    check_tokens(path, ancestry.encoder.config, shape)
     common.load_weights(ancestry, saved["model"], path)
     return ancestry
 
 
-def published_vit(path, shape, say):
-    """A ViT of any source that load_pretrained knows.
+def published_ancestry(path, shape, say):
+    """A GPT-2, or a ViT of any source that load_pretrained knows.
 
-    Its head gives TAL+ soft labels for the task imagenet, as published heads of 1,000 classes are
-    in the order of ImageNet's folders.
+    The head of a ViT gives TAL+ soft labels for the task imagenet, as published heads of 1,000
+    classes are in the order of ImageNet's folders.
     """
-    net, report = common.load_pretrained(path, image_size=shape["image_size"], say=say)
-    classes = {"imagenet": net.config.num_classes} if report["head"] == "kept" else {}
-    ancestry = Ancestry(net.config, classes, report["mean"], report["std"])
-    net_head, net.head = net.head, nn.Identity()
-    ancestry.encoder.load_state_dict(net.state_dict())
-    for head in ancestry.heads.values():
-        head.load_state_dict(net_head.state_dict())
-    return ancestry
-
-
-def published_gpt2(path, shape, say):
-    net, _ = common.load_gpt2(path, say=say)
-    check_tokens(path, net.config, shape)
-    ancestry = Ancestry(net.config, {})
+    if "vocab" in shape:
+        net, _ = common.load_gpt2(path, say=say)
+        check_tokens(path, net.config, shape)
+        ancestry = Ancestry(net.config, {})
+    else:
+        net, report = common.load_pretrained(path, image_size=shape["image_size"], say=say)
+        classes = {"imagenet": net.config.num_classes} if report["head"] == "kept" else {}
+        ancestry = Ancestry(net.config, classes, report["mean"], report["std"])
+        for head in ancestry.heads.values():
+            head.load_state_dict(net.head.state_dict())
+        net.head = nn.Identity()
     ancestry.encoder.load_state_dict(net.state_dict())
     return ancestry
 
 
 def check_tokens(path, config, shape):
-    if config.vocab != shape["vocab"]:
+    if "vocab" in shape and config.vocab != shape["vocab"]:
         raise InputError(f"{path} knows {config.vocab} tokens, the data has {shape['vocab']}; say "
                          "--tokens FOLDER with its vocab.json and merges.txt")
-    if config.context < shape["context"]:
+    if "vocab" in shape and config.context < shape["context"]:
         raise InputError(f"{path} reads texts of {config.context} tokens, not {shape['context']}; "
                          "say a smaller --context")
+
+
+def train_ancestry(run, args):
+    """The ancestry of the drawn data (D15): one encoder, a head per task, one task per step as
+    while tuning. For text it is a language model besides (D21)."""
+    machine, is_text = run.machine, args.modality == "text"
+    names = data.GRAMMAR if is_text else [data.BASE, *data.DECATHLON]
+    tasks = list(data.load_tasks(names, args, machine).values())
+    classes = {task.name: task.num_classes for task in tasks}
+    width, depth, heads = map(int, args.ancestry_size.split("x"))
+    config = configuration(input_shape(args), width, depth, heads)
+    if is_text:
+        config = replace(config, num_classes=0)
+    torch.manual_seed(args.seed)
+    ancestry = Ancestry(config, classes).to(machine.device)
+    counts = [len(task.labels["train"]) for task in tasks]
+    steps = math.ceil(args.ancestry_epochs * sum(counts) / args.batch_size)
+    schedule = task_schedule(sampling_weights(counts, args.task_temperature), steps, args.seed)
+    job = start_training(
+        run, args, "ancestry", ancestry,
+        parameter_groups(ancestry, args.ancestry_lr, args.weight_decay), steps,
+        {**identity(args, "data", "network", "training", "ancestry"), **content(tasks)},
+        extra={"config": asdict(config), "classes": classes})
+    for step in job.steps():
+        drawn, visit = schedule[step]
+        task = tasks[drawn]
+        x, y = task.batch(
+            "train", visit, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
+        with machine.autocast():
+            logits, following = ancestry_outputs(ancestry, task, task.normalise(x))
+        loss = cls = loss_cls(y, logits.float())
+        if is_text:                                          # D21: half next tokens, half classes
+            loss = (cls + language_loss(x, following.float())) / 2
+        job.update(loss, loss_cls=cls)
+    accuracies = []
+    for task in tasks:
+        percent = accuracy(
+            lambda x: ancestry_outputs(ancestry, task, x)[0], task, "val", machine.device)
+        accuracies.append(f"{task.name} {percent:.1f}")
+    run.print(f"ancestry, accuracy on val: {', '.join(accuracies)}")
+    return ancestry
+
+
+def ancestry_outputs(ancestry, task, x):
+    """Logits (B, C) of a task; for text also those of every next token (B, T, vocab), else None."""
+    head = ancestry.heads[task.name]
+    if x.ndim > 2:
+        return head(ancestry.encode(x)), None
+    tokens = ancestry.encoder.tokens(x)                      # (B, T, d')
+    E = ancestry.encoder.last(tokens, x)
+    following = ancestry.encoder.language(tokens)
+    return head(E), following
+
+
+def language_loss(ids, logits):
+    """Mean cross-entropy of every next token; ids (B, T) padded at the right, logits (B, T, vocab).
+
+    Of the padding, which is the token that ends a text, the first counts.
+    """
+    padding = logits.shape[-1] - 1
+    is_behind = ids[:, :-1] == padding
+    wanted = ids[:, 1:].masked_fill(is_behind, -100)         # -100: no loss
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1791,85 +1763,72 @@ def obtain(run, args, stage):
 
 
 def pretrain(run, args, ancestry):
-    """Trains on the base task -> hypernetwork, tasks, embeddings (none yet)."""
+    """Trains on the base task, or takes up a finished training for the stages that go on from it
+    -> hypernetwork, tasks, embeddings (none yet)."""
     tasks = list(data.load_tasks([args.base_task], args, run.machine).values())
-    hypernet = fresh_hypernet(run, args, ancestry)
+    hypernet = new_hypernet(run, args, ancestry)
+    objective = objective_of(args, ancestry, args.alpha)
+    if args.stage != "pretrain":                             # of any length, but of these settings
+        same = hypernet_identity(args, "pretrain", objective.ancestry, tasks)
+        saved = finished(run["pretrain"], stage="pretrain", **same)
+        if saved:
+            common.load_weights(hypernet, saved["model"], run["pretrain"])
+            return hypernet, tasks, {}
     train_hypernet(
-        run, "pretrain", args, hypernet, teacher(args, ancestry, args.alpha), tasks, {},
-        objective(args, args.alpha), args.pretrain_epochs)
+        run, "pretrain", args, hypernet, tasks, {}, objective, args.pretrain_epochs)
     return hypernet, tasks, {}
 
 
 def tune(run, args, ancestry):
     """Goes on from the pretraining on many tasks -> hypernetwork, tasks, embeddings."""
-    hypernet = hypernet_to_tune(run, args, ancestry)
-    tasks = list(data.load_tasks(args.tune_tasks.split(","), args, run.machine).values())
+    if args.pretrain_epochs:
+        hypernet, _, _ = pretrain(run, args, ancestry)
+    else:                                                    # D22
+        hypernet = new_hypernet(run, args, ancestry)
+    tasks = list(data.load_tasks(split(args.tune_tasks), args, run.machine).values())
     embeddings = {}
     if uses_task_info(args):
         for task in tasks:
             embeddings[task.name] = task_embedding(ancestry, task, run.machine.device)
+    objective = objective_of(args, ancestry, args.tune_alpha)
     # D14: all of the hypernetwork goes on learning
-    train_hypernet(
-        run, "tune", args, hypernet, teacher(args, ancestry, args.tune_alpha), tasks, embeddings,
-        objective(args, args.tune_alpha), args.tune_epochs)
+    train_hypernet(run, "tune", args, hypernet, tasks, embeddings, objective, args.tune_epochs)
     return hypernet, tasks, embeddings
 
 
-def hypernet_to_tune(run, args, ancestry):
-    """That of a finished pretraining of any length, but of the same settings; else made now."""
-    if not args.pretrain_epochs:                             # D22
-        return fresh_hypernet(run, args, ancestry)
-    tasks = data.load_tasks([args.base_task], args, run.machine).values()
-    same = hypernet_identity(args, "pretrain", teacher(args, ancestry, args.alpha), tasks)
-    saved = finished(run["pretrain"], stage="pretrain", **same)
-    if not saved:
-        return pretrain(run, args, ancestry)[0]
-    hypernet = fresh_hypernet(run, args, ancestry)
-    common.load_weights(hypernet, saved["model"], run["pretrain"])
-    return hypernet
-
-
-def fresh_hypernet(run, args, ancestry):
+def new_hypernet(run, args, ancestry):
     torch.manual_seed(args.seed)
-    width = ancestry.width if ancestry else 0
-    return build_hypernet(args, width).to(run.machine.device)
+    return build_hypernet(args, ancestry.width if ancestry else 0).to(run.machine.device)
 
 
-def teacher(args, ancestry, alpha):
-    """The ancestry where the loss asks for it, else None."""
+def objective_of(args, ancestry, alpha):
+    """The ancestry teaches only where the loss asks for it."""
     soft = args.method == "tal+" and args.without != "ancestry"
-    return ancestry if alpha or soft else None
-
-
-def objective(args, alpha):
-    return Objective(alpha, args.temperature, soft=args.method == "tal+")
+    return Objective(ancestry if alpha or soft else None, alpha, args.temperature, soft)
 
 
 def check_trained(trained, args):
-    """Whether a finished TAL is what the flags ask for."""
+    """One sentence where a finished TAL is not what the flags ask for."""
     names = ["modality", "method", "without"]
     if args.modality == "text":
         names += ["context", "tokens"]
     elif args.stage in ("evaluate", "plot"):
         names += ["image_size", "patch", "pooling"]
     for name in names:
-        old, new = getattr(trained, name), getattr(args, name)
-        if old != new:
-            flag = name.replace("_", "-")
-            raise InputError(f"the TAL in {args.output} was trained with --{flag} {old}, not {new}; "
-                             f"say --{flag} {old}, or choose another --output")
+        old, flag = getattr(trained, name), f"--{name.replace('_', '-')}"
+        if old != getattr(args, name):
+            raise InputError(f"the TAL in {args.output} was trained with {flag} {old}, not "
+                             f"{getattr(args, name)}; say {flag} {old}, or choose another --output")
 
 
 def tell_trained(run, trained):
     """Says what a finished TAL was trained with, where that is not its preset's."""
-    usual = settings([
-        "--preset", trained.preset, "--modality", trained.modality, "--method", trained.method])
+    usual = settings(["--preset", trained.preset, "--modality", trained.modality])
+    headings = ("data", "network", "training", "method", "tuning", "budget")
     changed = []
-    for heading in ("data", "network", "training", "method", "tuning", "budget"):
-        for name, value in identity(usual, heading).items():
-            old = getattr(trained, name)
-            if old != value and not name.startswith("train_"):
-                changed.append(f"--{name.replace('_', '-')} {old}")
+    for name, value in identity(usual, *headings).items():
+        if getattr(trained, name) != value and not name.startswith("train_"):
+            changed.append(f"--{name.replace('_', '-')} {getattr(trained, name)}")
     if changed:
         run.print(f"this TAL was trained with {' '.join(changed)}")
 
@@ -1884,11 +1843,9 @@ def table_sizes(args, depths=(3, 6, 12)):
     Tables 1 and 2: {3, 6, 12}-Tiny, -Small, -Base; Table 6: {3, 6, 9, 12}-GPT2.
     """
     drawn = "drawn-" if args.preset == "drawn" else ""
-    sizes = {}
     if args.modality == "text":
-        for depth in (3, 6, 9, 12):
-            sizes[f"{depth}-GPT2"] = sized(args, f"{drawn}gpt2", depth)
-        return sizes
+        return {f"{depth}-GPT2": sized(args, f"{drawn}gpt2", depth) for depth in (3, 6, 9, 12)}
+    sizes = {}
     for size in ("tiny", "small", "base"):
         for depth in depths:
             sizes[f"{depth}-{size.title()}"] = sized(args, f"{drawn}{size}", depth)
@@ -1904,13 +1861,10 @@ def f1(predicted, y):
 
 def matthews(predicted, y):
     """Matthews correlation of two classes in percent, from -100 to 100; 0 for a constant one."""
-    p = predicted.double()
-    t = y.double()
+    p, t = predicted.double(), y.double()
     covariance = ((p - p.mean()) * (t - t.mean())).mean()
     variances = p.var(correction=0) * t.var(correction=0)
-    if variances == 0:
-        return 0.0
-    return float(100 * covariance / variances.sqrt())
+    return float(100 * covariance / variances.sqrt()) if variances > 0 else 0.0
 
 
 def scores(task, predicted, y):
@@ -1925,20 +1879,23 @@ def scores(task, predicted, y):
     return columns
 
 
+def score(net, task, split, device):
+    return scores(task, *predictions(net, task, split, device))[task.name]
+
+
 def untrained_table(model, tasks, configs, split):
-    """{network: {task: percent}} of networks with predicted parameters. A * marks widths at depths
-    that were never trained on."""
+    """{network: {task: percent}} of networks with predicted parameters; * marks sizes that were
+    never trained on."""
     archs = architectures(model.trained.archs, input_shape(model.trained))
     trained = {(config.width, config.depth) for config in archs}
     embeddings = {task.name: model.embedding(task) for task in tasks}
     table = {}
     for name, config in configs.items():
         mark = "" if (config.width, config.depth) in trained else "*"
-        row = {}
+        row = table[name + mark] = {}
         for task in tasks:
             net = customize(model.hypernet, config, embeddings[task.name], task.num_classes)
             row |= scores(task, *predictions(net, task, split, model.device))
-        table[name + mark] = row
     return table
 
 
@@ -1962,22 +1919,17 @@ def evaluate(run, args, model, names):
         row["average"] = sum(row[task.name] for task in tasks) / len(tasks)
     run.print(f"untrained accuracy in percent, {args.split} split, method {args.method}, seed "
               f"{args.seed} (* a size never trained on)")
-    print_table(run, table)
-    path = run.dir / f"untrained-{args.stage}-{args.split}.json"
-    save_json(run, path, table)
-
-
-def print_table(run, table):
-    columns = list(next(iter(table.values())))
-    width = max(10, max(map(len, columns)) + 1)
-    run.print(" " * 10 + "".join(f"{column:>{width}}" for column in columns))
+    width = max(10, *(len(column) + 1 for column in row))
+    run.print(" " * 10 + "".join(f"{column:>{width}}" for column in row))
     for name, row in table.items():
-        run.print(f"{name:10}" + "".join(f"{row[column]:{width}.2f}" for column in columns))
+        run.print(f"{name:10}" + "".join(f"{percent:{width}.2f}" for percent in row.values()))
+    save_json(run, f"untrained-{args.stage}-{args.split}.json", table)
 
 
-def save_json(run, path, content):
+def save_json(run, name, values):
     if run.machine.rank == 0:
-        common.write_text(path, json.dumps(content, indent=1))
+        run.own()
+        common.write_text(run.dir / name, json.dumps(values, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1987,32 +1939,29 @@ def save_json(run, path, content):
 def train(run, args):
     """Trains networks on: from predicted parameters (Table 5's tasks are unseen), from random ones,
     or from the ancestry's."""
+    device, source = run.machine.device, None
     config = asked_architecture(args)
-    source = None
+    name = f"{config.depth}x{config.width}"
     if args.method in PREDICTED:
         source = obtain(run, args, args.source)
     elif args.method != "random":
         source = obtain_ancestry(run, args)
-    names = task_names(args) or data.DECATHLON
-    for task in data.load_tasks(names, args, run.machine).values():
-        net = initial_network(args, config, task, source, run.machine.device)
+    tasks = data.load_tasks(split(args.data) or data.DECATHLON, args, run.machine)
+    for task in tasks.values():
+        net = initial_network(args, config, task, source, device)
         steps = training_steps(task, args, run.machine)
-        name = f"{config.depth}x{config.width}"
+        before = score(net, task, args.split, device)
         stage = f"train-{file_name(task.name)}-{name}-{steps}"
-        before = score(net, task, args.split, run.machine.device)
         train_on(run, args, stage, net, task, steps, source)
-        after = score(net, task, args.split, run.machine.device)
-        images = args.train_images or steps * args.batch_size
-        run.print(f"{name} on {task.name}, {args.method}: {before:.2f} untrained, {after:.2f} after "
-                  f"{images} images ({args.split})")
-        run.result("train", {
-            "task": task.name, "network": name, "method": args.method, "seed": args.seed,
-            "images": images, "lr": args.train_lr, "split": args.split,
-        }, untrained=before, trained=after)
-
-
-def score(net, task, split, device):
-    return scores(task, *predictions(net, task, split, device))[task.name]
+        after = score(net, task, args.split, device)
+        images = steps * args.batch_size
+        if args.train_images:
+            images = args.train_images if args.train_images == "tune" else int(args.train_images)
+        run.print(f"{name} on {task.name}, {args.method}: {before:.2f} untrained, {after:.2f} "
+                  f"after {images} images ({args.split})")
+        cell = {"task": task.name, "network": name, "method": args.method, "seed": args.seed,
+                "images": images, "lr": args.train_lr, "split": args.split}
+        run.result("train", cell, untrained=before, trained=after)
 
 
 def initial_network(args, config, task, source, device):
@@ -2022,7 +1971,7 @@ def initial_network(args, config, task, source, device):
     if isinstance(source, TAL):
         head = copy.deepcopy(net.head.state_dict())
         source(net, task)
-        if task.name not in source.classes:                  # an unseen task's head starts at random
+        if task.name not in source.classes:                  # unseen: the head starts at random
             net.head.load_state_dict(head)
     elif isinstance(source, Ancestry):
         initialise_from_ancestry(net, source, task, args.method)
@@ -2053,34 +2002,27 @@ def training_steps(task, args, machine):
     """Steps of further training: from --train-epochs, or from --train-images."""
     images = args.train_epochs * len(task.labels["train"])
     if args.train_images == "tune":
-        images = images_while_tuning(task, args, machine)
+        names = split(args.tune_tasks)
+        if task.name not in names:
+            raise InputError(f"--train-images tune: {task.name} is not among the tuned tasks; give "
+                             "a number")
+        tasks = data.load_tasks(names, args, machine)
+        counts = [len(tasks[name].labels["train"]) for name in names]
+        weights = sampling_weights(counts, args.task_temperature).tolist()
+        images = args.tune_epochs * sum(counts) * weights[names.index(task.name)]
     elif args.train_images:
-        images = args.train_images
+        images = int(args.train_images)
     return math.ceil(images / args.batch_size)
 
 
-def images_while_tuning(task, args, machine):
-    """How many images of a task tuning shows, on average over its draws."""
-    names = args.tune_tasks.split(",")
-    if task.name not in names:
-        raise InputError(f"--train-images tune: {task.name} is not among the tuned tasks; give a "
-                         "number")
-    tasks = data.load_tasks(names, args, machine)
-    counts = [len(tasks[name].labels["train"]) for name in names]
-    shares = sampling_weights(counts, args.task_temperature).tolist()
-    return args.tune_epochs * sum(counts) * shares[names.index(task.name)]
-
-
 def train_on(run, args, stage, net, task, steps, source):
-    """Trains a network on a task, in place. source: what it started from, or None."""
+    """Trains a network on a task, in place. source: the TAL or Ancestry it came from, or None."""
     machine = run.machine
-    same = identity(args, "data", "network", "training", "customize")
-    same["method"] = args.method
-    same["start"] = fingerprint(source.hypernet if isinstance(source, TAL) else source) \
-        if source else None
+    start = getattr(source, "hypernet", source)
     job = start_training(
         run, args, stage, net, parameter_groups(net, args.train_lr, args.weight_decay), steps,
-        identity=same)
+        {**identity(args, "data", "network", "training", "customize"), **content([task]),
+         "method": args.method, "start": fingerprint(start) if start else None})
     for step in job.steps():
         x, y = task.batch(
             "train", step, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
@@ -2095,89 +2037,61 @@ def train_on(run, args, stage, net, task, steps, source):
 
 def customize_stage(run, args):
     """Writes an initialised network of any size for a task or a folder of images, and its card."""
-    is_text = args.modality == "text"
-    check_customize(args)
     config = asked_architecture(args)
-    (task,) = data.load_tasks(task_names(args), args, run.machine).values()
-    if not run["tune"].exists():
-        make_small(run, args)
-    model = obtain(run, args, "tune")
-    torch.manual_seed(args.seed)
+    (task,) = data.load_tasks(split(args.data), args, run.machine).values()
+    model = obtain(run, args, "tune") if run["tune"].exists() else make_small(run, args)
+    torch.manual_seed(args.seed)                             # of a head that is not predicted
     net = model.customize(config, task)
+    chance = 100 / task.num_classes
+    about = {
+        "task": task.name, "content": task.fingerprint, "class_names": task.class_names,
+        "method": args.method, "seed": args.seed,
+        "hypernet": hashlib.sha256(run["tune"].read_bytes()).hexdigest(),
+        "chance": chance, "untrained": accuracy(net, task, "val", model.device),
+        "epochs": args.train_epochs,
+    }
+    if task.mean:                                            # of images
+        about |= {"mean": task.mean, "std": task.std}
     count = sum(p.numel() for p in net.parameters())
-    about = card(run, args, task)
-    about["untrained"] = accuracy(net, task, "val", model.device)
-    run.print(f"{args.depth} layers, width {config.width}, {count:,} parameters, {task.num_classes} "
-              f"classes: {about['untrained']:.2f} % untrained on val, chance {about['chance']:.2f} %")
+    held_out = len(task.labels["val"])
+    run.print(f"{args.depth} layers, width {config.width}, {count:,} parameters, "
+              f"{task.num_classes} classes: {about['untrained']:.2f} % untrained on {held_out} val "
+              f"examples, chance {chance:.2f} %")
     if args.train_epochs:
         steps = math.ceil(args.train_epochs * len(task.labels["train"]) / args.batch_size)
         stage = f"customize-{file_name(task.name)}-{config.depth}x{config.width}"
         train_on(run, args, stage, net, task, steps, model)
         about["trained"] = accuracy(net, task, "val", model.device)
-        run.print(f"{about['trained']:.2f} % on val after {args.train_epochs:g} epochs")
-    if run.machine.rank == 0:
-        if is_text:
-            common.export_gpt2(net, args.export, about)
-        else:
-            common.export_weights(net.state_dict(), net.config, args.export, args.format, about)
+        run.print(f"{about['trained']:.2f} % after {args.train_epochs:g} epochs")
+    if run.machine.rank == 0 and args.modality == "text":
+        common.export_gpt2(net, args.export, about)
+    elif run.machine.rank == 0:
+        common.export_weights(net.state_dict(), net.config, args.export, args.format, about)
     run.print(f"wrote {args.export} for {args.format}, and beside it what it is")
 
 
 def check_customize(args):
-    is_text = args.modality == "text"
+    """One sentence where customize could not write what it is asked for."""
     if not args.export:
         raise InputError("--stage customize writes a file; say --export FILE")
-    if is_text != (args.format == "transformers"):
-        known = "transformers" if is_text else "timm or torchvision"
-        raise InputError(f"--modality {args.modality} writes for {known}; say so by --format")
+    if (args.modality == "text") != (args.format == "transformers"):
+        raise InputError("--format transformers is for --modality text, the others are for image")
     common.check_export(args.export, args.format, args.pooling)
-    if len(task_names(args)) != 1:
+    if len(split(args.data)) != 1:
         raise InputError("--stage customize takes one task: --data NAME, or --data FOLDER with one "
                          "sub-folder of images per class")
 
 
-def card(run, args, task):
-    """What is said of an exported network besides its architecture."""
-    about = {
-        "task": task.name,
-        "method": args.method,
-        "hypernet": hashlib.sha256(run["tune"].read_bytes()).hexdigest(),
-        "seed": args.seed,
-        "class_names": task.class_names,
-        "chance": 100 / task.num_classes,
-        "epochs": args.train_epochs,
-    }
-    if args.modality == "image":
-        about["mean"] = task.mean
-        about["std"] = task.std
-    return about
-
-
 def make_small(run, args):
-    """Makes the TAL that customize needs where there is none, at a size that a CPU can train."""
-    is_text = args.modality == "text"
-    if is_text and args.preset != "drawn":
-        raise InputError(f"there is no tuned TAL in {args.output}; make one by --modality text "
-                         f"--preset paper --stage tune --output {args.output}")
-    small = small_settings(args)
-    what = "text" if is_text else f"images of {small.image_size} px"
-    count = len(small.tune_tasks.split(","))
-    other = "real text wants" if is_text else "photographs want"
-    run.print(f"there is no tuned TAL in {args.output}, so one is made there now, once, for drawn "
-              f"{what}: an ancestry, training on {count} tasks; some ten minutes on a CPU. Networks "
-              f"for {other} one tuned under --preset paper")
-    obtain(Run(args.output, vars(small), run.machine), small, "tune")
-
-
-def small_settings(args):
-    """Those of the drawn preset, at images of at most 64 px."""
-    small = args
+    """The TAL that customize needs where there is none, at a size that a CPU can train."""
     if args.preset != "drawn":
-        small = settings(["--method", args.method]).replace(**identity(args, "run"))
-        small = small.replace(seed=args.seed, amp=args.amp, format="timm")
-    if small.image_size > 64:
-        small = small.replace(image_size=32, patch=8)
-    return small
+        raise InputError(f"there is no tuned TAL in {args.output}; make one by the same flags and "
+                         "--stage tune, or a small one by --preset drawn")
+    small = args if args.image_size <= 64 else args.replace(image_size=32, patch=8)
+    run.print(f"there is no tuned TAL in {args.output}, so one is made there now, once, for drawn "
+              f"{args.modality}s: an ancestry, training on {len(split(args.tune_tasks))} tasks; "
+              "some ten minutes on a CPU. Real data want one tuned under --preset paper")
+    return obtain(Run(args.output, vars(small), run.machine), small, "tune")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2215,73 +2129,61 @@ def plot(run, args):
     """Fig. 3: the task-specific graphs in their first two principal components; and the accuracy of
     an untrained network over the training."""
     if not uses_task_info(args):
-        raise InputError(f"Fig. 3 shows task-specific graphs; {args.method} without task information "
-                         "has none")
+        raise InputError("Fig. 3 shows task-specific graphs, which take task information")
     model = obtain(run, args, "tune")
     sizes = table_sizes(args, depths=range(3, 13))
     sizes = {name: config for name, config in sizes.items() if name.endswith("Small")}
-    points = task_specific_graphs(model, list(sizes.values()))
+    points = task_specific_graphs(model, sizes.values())
     points = points - points.mean((0, 1))
     axes = torch.linalg.svd(points.flatten(0, 1), full_matrices=False).Vh[:2]
     xy = points @ axes.T                                     # (tasks, networks, 2)
     within = (xy - xy.mean(1, keepdim=True)).pow(2).sum() / xy.pow(2).sum()
-    score = {"plane": silhouette_score(xy), "full": silhouette_score(points)}
-    run.print(f"Fig. 3: {100 * (1 - within):.1f} % of the variance in the plane lies between tasks; "
-              f"silhouette {score['plane']:.2f}, in all {points.shape[-1]} dimensions "
-              f"{score['full']:.2f}")
-    tasks = list(model.embeddings)
-    save_json(run, run.dir / "figure3.json", {
-        "tasks": tasks, "networks": list(sizes), "xy": xy.tolist(),
-        "between": float(1 - within), "silhouette": score})
+    silhouette = {"plane": silhouette_score(xy), "full": silhouette_score(points)}
+    run.print(f"Fig. 3: {100 * (1 - within):.1f} % of the variance in the plane lies between "
+              f"tasks; silhouette {silhouette['plane']:.2f}, in all {points.shape[-1]} dimensions "
+              f"{silhouette['full']:.2f}")
+    save_json(run, "figure3.json", {
+        "tasks": list(model.embeddings), "networks": list(sizes), "xy": xy.tolist(),
+        "between": float(1 - within), "silhouette": silhouette})
     if run.machine.rank == 0:
-        depths = [config.depth for config in sizes.values()]
-        draw_plots(run, tasks, xy, depths)
+        draw(run, list(model.embeddings), xy, [6 * config.depth for config in sizes.values()])
 
 
-def draw_plots(run, tasks, xy, depths):
+def draw(run, tasks, xy, areas):
     try:
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         run.print("wrote figure3.json; for the pictures, pip install matplotlib")
         return
-    plt.figure()
-    for task, part in zip(tasks, xy):
-        plt.scatter(part[:, 0], part[:, 1], [6 * d for d in depths], label=task, alpha=0.7)
-    plt.legend(fontsize=7)
-    plt.title("Task-specific graphs; larger points are deeper networks")
-    plt.savefig(run.dir / "figure3.png", dpi=150)
-    plt.figure()
-    for stage in ("pretrain", "tune"):
-        draw_curve(plt, run, stage)
-    plt.legend(fontsize=7)
-    plt.xlabel("tenths of the pretraining, then of the tuning")
-    plt.ylabel("accuracy of an untrained network, val")
-    plt.savefig(run.dir / "curve.png", dpi=150)
+    figure = Figure()
+    axes = figure.subplots()
+    for task, points in zip(tasks, xy):
+        axes.scatter(points[:, 0], points[:, 1], areas, label=task, alpha=0.7)
+    axes.set_title("Task-specific graphs; larger points are deeper networks")
+    axes.legend(fontsize=7)
+    figure.savefig(run.dir / "figure3.png", dpi=150)
+    figure = Figure()
+    axes = figure.subplots()
+    for first, stage in ((1, "pretrain"), (11, "tune")):
+        for task in tasks:
+            values = run.values(stage, f"val {task}")
+            axes.plot(range(first, first + len(values)), values, label=task)
+    axes.set_xlabel("tenths of the tuning, after ten of the pretraining")
+    axes.set_ylabel("accuracy of an untrained network on val")
+    axes.legend(fontsize=7)
+    figure.savefig(run.dir / "curve.png", dpi=150)
     run.print(f"wrote figure3.json, figure3.png and curve.png to {run.dir}")
-
-
-def draw_curve(plt, run, stage):
-    """The lines of one stage, from what it logged as "val TASK" every tenth of its steps."""
-    curves = {}
-    for record in run.records():
-        for name, value in record.items():
-            if record["stage"] == stage and name.startswith("val "):
-                curves.setdefault(name.removeprefix("val "), []).append(value)
-    for task, values in curves.items():
-        first = 1 if stage == "pretrain" else 11
-        plt.plot(range(first, first + len(values)), values, label=task)
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-def task_names(args):
-    return args.data.split(",") if args.data else []
-
-
 def main(argv=None):
     args = settings(argv)
+    if args.stage == "customize":
+        check_customize(args)
+    args = names_before_work(args)
     machine = common.setup_machine(args.device, args.amp, args.seed, args.threads)
     run = Run(args.output, vars(args), machine)
     common.announce(run, args)
@@ -2290,8 +2192,8 @@ def main(argv=None):
     elif args.stage == "pretrain":
         evaluate(run, args, obtain(run, args, "pretrain"), [args.base_task])
     elif args.stage in ("tune", "evaluate"):
-        names = task_names(args) or args.tune_tasks.split(",")
-        evaluate(run, args, obtain(run, args, "tune"), names)
+        model = obtain(run, args, "tune")
+        evaluate(run, args, model, split(args.data) or split(args.tune_tasks))
     elif args.stage == "train":
         train(run, args)
     elif args.stage == "customize":
