@@ -1145,7 +1145,7 @@ def read_weights(path):
 def read_content(path):
     """The dict in a file, as it is stored."""
     if re.search(r"-\d+-of-\d+$", path.stem) or path.is_dir() and any(path.glob("*.index.json")):
-        raise InputError(f"{path} is one of several files (sharded weights); save them as one: "
+        raise InputError(f"{path}: these weights are in several files (sharded); save them in one: "
                          "model.save_pretrained(FOLDER, max_shard_size='99GB')")
     if not path.is_file():
         raise InputError(f"there is no file of weights at {path}")
@@ -1175,8 +1175,9 @@ def said_beside(path):
         places += [path.parent / "config.json", path.parent / "preprocessor_config.json"]
     said = {}
     for place in places:
-        if place.is_file():
-            said |= flattened(read_json(place))
+        found = flattened(read_json(place)) if place.is_file() else {}
+        if "preset" not in found:                                   # the settings of a run of this code
+            said |= found
     return said
 
 
@@ -1274,9 +1275,9 @@ BLOCK_NAMES = [
     ("mlp.fc1.", "mlp.0.", "intermediate.dense."),
     ("mlp.fc2.", "mlp.3.", "output.dense."),
 ]
-for ours, torchvisions, hugging_faces in BLOCK_NAMES:
-    NAMES.append((f"blocks.#.{ours}", f"encoder.layers.encoder_layer_#.{torchvisions}",
-                  f"encoder.layer.#.{hugging_faces}"))
+NAMES += [
+    (f"blocks.#.{ours}", f"encoder.layers.encoder_layer_#.{theirs}", f"encoder.layer.#.{face}")
+    for ours, theirs, face in BLOCK_NAMES]
 # Other spellings of a dialect, put right first.
 SPELLINGS = {
     "timm": [],

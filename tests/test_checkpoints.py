@@ -300,6 +300,11 @@ def test_a_configuration_of_another_network(config, words, tmp_path):
             load_pretrained(path)
 
 
+def test_a_runs_own_settings_say_nothing_of_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"preset": "drawn", "pooling": "avg", "image_size": 64}))
+    load_pretrained(saved(tmp_path / "model.pt", ViT(SMALL).state_dict()), heads=4, say=quiet)
+
+
 def test_what_shapes_do_not_tell_is_said_to_be_a_guess(tmp_path):
     path = saved(tmp_path / "a.pth", ViT(SMALL).state_dict())
     loaded, guess, normalisation = said_of(path)
@@ -485,14 +490,14 @@ def test_sharded_weights_of_hugging_face_are_called_that(tmp_path):
     theirs = transformers.ViTModel(config)
     theirs.save_pretrained(tmp_path, max_shard_size="200KB")
     for path in (tmp_path, min(tmp_path.glob("*.safetensors"))):
-        with refuses("sharded weights"):
+        with refuses("sharded"):
             read_weights(path)
 
 
 def test_sharded_weights_by_their_names(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     for path in (tmp_path, tmp_path / "model-00001-of-00002.safetensors", tmp_path / "a-1-of-2.bin"):
-        with refuses("is one of several files .sharded weights.; save them as one"):
+        with refuses("weights are in several files .sharded.; save them in one"):
             read_weights(path)
 
 
