@@ -425,8 +425,14 @@ def gibibytes(task):
 
 def check_names(names, data_dir="data", modality="image"):
     """The names by which tasks are called (photos/ is photos), where all of them are known and there."""
-    check = checked_text if modality == "text" else checked
-    return [check(name, data_dir) for name in names]
+    if modality == "image":
+        return [checked(name, data_dir) for name in names]
+    for name in names:
+        if name not in GRAMMAR and name not in TEXTS:
+            raise unknown("text task", name, [*GRAMMAR, *TEXTS])
+        if name in TEXTS:
+            locate(name, TEXTS[name], data_dir)
+    return list(names)
 
 
 def checked(name, data_dir):
@@ -450,14 +456,6 @@ def checked(name, data_dir):
         raise unknown("task or folder", name, [*known, *others])
     if name in REAL:
         locate(name, REAL[name], data_dir)
-    return name
-
-
-def checked_text(name, data_dir):
-    if name not in GRAMMAR and name not in TEXTS:
-        raise unknown("text task", name, [*GRAMMAR, *TEXTS])
-    if name in TEXTS:
-        locate(name, TEXTS[name], data_dir)
     return name
 
 
@@ -1011,7 +1009,12 @@ def find(name, data_dir):
         raise InputError(f"{name}: neither val nor test images have labels; needed: {source.needed}")
     found.official = found.official or source.official
     for split, files in found.files.items():
-        there = [file for file in files if not (found.listed and is_missing(found, file))]
+        there = []
+        for file in files:
+            gone = absent(file) if found.listed else []
+            found.missing += gone[:1]
+            if not gone:
+                there.append(file)
         if not there:
             example = f", such as {found.missing[-1]}" if found.missing else ""
             raise InputError(f"{name}: none of the {len(files):,} {split} images is there{example}")
@@ -1020,11 +1023,9 @@ def find(name, data_dir):
     return found
 
 
-def is_missing(found, file):
-    """Whether a listed image or its mask does not exist; found.missing then has its path."""
-    absent = [path for path in file if isinstance(path, str) and not os.path.isfile(path)]
-    found.missing += absent[:1]
-    return bool(absent)
+def absent(file):
+    """The paths of a listed image and its mask that do not exist."""
+    return [path for path in file if isinstance(path, str) and not os.path.isfile(path)]
 
 
 def differences(found, what="images"):
@@ -1619,7 +1620,9 @@ def text_task(name, class_names, metric, splits, tokenizer, context):
         print(f"{name}: {cut:,} of {len(lengths):,} texts have more than {context:,} tokens and are cut")
     images, labels = {}, {}
     for split, rows in splits.items():
-        images[split] = padded(ids[split], width, tokenizer.eos)
+        images[split] = torch.full((len(rows), width), tokenizer.eos, dtype=torch.int32)
+        for row, text in zip(images[split], ids[split]):
+            row[:len(text)] = torch.from_numpy(text[:width])
         labels[split] = torch.tensor([label for _, _, label in rows])
     fingerprint = digest(*class_names, *images.values(), *labels.values())
     return TextTask(name, list(class_names), (), (), images, labels, fingerprint, metric, tokenizer.eos)
@@ -1638,14 +1641,6 @@ def tokenised(name, split, rows, tokenizer):
     return ids
 
 
-def padded(texts, width, eos):
-    """int32 (N, width) of arrays of ids, cut or filled up at the right."""
-    rows = torch.full((len(texts), width), eos, dtype=torch.int32)
-    for row, ids in zip(rows, texts):
-        row[:len(ids)] = torch.from_numpy(ids[:width])
-    return rows
-
-
 # Loading texts by name
 
 def load_texts(names, data_dir="data", context=1024, tokens=""):
@@ -1662,7 +1657,7 @@ def load_texts(names, data_dir="data", context=1024, tokens=""):
             about, splits = GRAMMAR[name], written(name)
         else:
             about, splits = TEXTS[name], read_texts(name, data_dir)
-            for sentence in text_differences(name, splits):
+            for sentence in differences(Found(about.class_names, splits, about.official), "texts"):
                 print(f"{name}: {sentence}")
         tasks[name] = text_task(name, about.class_names, about.metric, splits, tokenizer, context)
     return tasks
@@ -1684,14 +1679,6 @@ def read_texts(name, data_dir):
         raise InputError(f"{name}: {len(train)} training and {len(test)} test texts; it takes 2 and 1")
     val = max(1, round(VAL_SHARE * len(train)))
     return {"train": train[val:], "val": train[:val], "test": test}
-
-
-def text_differences(name, splits):
-    """Sentences on what is not as the whole dataset has it."""
-    official = TEXTS[name].official
-    val = round(VAL_SHARE * official["train"])
-    official = {"train": official["train"] - val, "val": val, "test": official["test"]}
-    return differences(Found(TEXTS[name].class_names, splits, official), "texts")
 
 
 # GLUE and IMDB
@@ -1779,7 +1766,7 @@ def read_imdb(name, base):
 
 @dataclass
 class TextSource(Source):
-    """As Source, where "test" counts what GLUE calls dev and "train" includes our val."""
+    """As Source, where test is what GLUE calls dev, and val a tenth of its train."""
     class_names: list
     metric: str
 
@@ -1790,17 +1777,19 @@ def glue_places(folder):
 
 TEXTS = {
     "mrpc": TextSource(
-        read_glue, glue_places("MRPC"), ["train.tsv", "msr_paraphrase_train.txt"], dict(train=3668, test=408),
+        read_glue, glue_places("MRPC"), ["train.tsv", "msr_paraphrase_train.txt"],
+        dict(train=3301, val=367, test=408),
         "MRPC/ with train.tsv and dev.tsv, or with msr_paraphrase_train.txt and dev_ids.tsv",
         ["not a paraphrase", "paraphrase"], "accuracy/F1"),
     "cola": TextSource(
-        read_glue, glue_places("CoLA"), ["train.tsv"], dict(train=8551, test=1043),
+        read_glue, glue_places("CoLA"), ["train.tsv"], dict(train=7696, val=855, test=1043),
         "CoLA.zip, unpacked", ["unacceptable", "acceptable"], "Matthews"),
     "rte": TextSource(
-        read_glue, glue_places("RTE"), ["train.tsv"], dict(train=2490, test=277),
+        read_glue, glue_places("RTE"), ["train.tsv"], dict(train=2241, val=249, test=277),
         "RTE.zip, unpacked", ["entailment", "not entailment"], "accuracy"),
     "imdb": TextSource(
-        read_imdb, ["aclImdb", "imdb/aclImdb", "imdb", "IMDB"], ["train/pos"], dict(train=25000, test=25000),
+        read_imdb, ["aclImdb", "imdb/aclImdb", "imdb", "IMDB"], ["train/pos"],
+        dict(train=22500, val=2500, test=25000),
         "aclImdb_v1.tar.gz, unpacked", ["negative", "positive"], "accuracy"),
 }
 
@@ -1902,17 +1891,16 @@ def report_whole(name, trouble, known=True):
 def check_texts(name, data_dir, tokens):
     """As `check`, for texts."""
     source, tokenizer, splits = TEXTS[name], Tokenizer(tokens), read_texts(name, data_dir)
-    train, test = source.official["train"], source.official["test"]
-    print(f"{name}: {len(source.class_names)} classes ({', '.join(source.class_names)}), scored by "
-          f"{source.metric}; official: {train:,} / {test:,} (train / test); val is {VAL_SHARE:.0%} of train")
+    print(f"{name}: {len(source.class_names)} classes ({', '.join(source.class_names)}), by {source.metric}")
     for split, rows in splits.items():
         counts = np.bincount([label for _, _, label in rows])
         longest = max(map(len, tokenised(name, split, rows, tokenizer)))
         print(f"  {split}: {len(rows):,} texts, {counts.max():,} of them ({counts.max() / len(rows):.1%}) "
-              f"{source.class_names[counts.argmax()]}; the longest has {longest:,} tokens")
+              f"{source.class_names[counts.argmax()]}; the longest has {longest:,} tokens; "
+              f"official: {source.official[split]:,}")
     first, second, label = splits["train"][0]
     print(f"  the first training text, {source.class_names[label]}: {first[:200]!r} {(second or '')[:200]!r}")
-    report_whole(name, text_differences(name, splits))
+    report_whole(name, differences(Found(source.class_names, splits, source.official), "texts"))
 
 
 def main(argv=None):
@@ -2457,20 +2445,19 @@ def draw_signs(c, labels):
 
 # glyphs: characters of a script that nobody writes
 
-def random_glyph(rng):
-    """(7, 4): two or three strokes that visit random points of a 3 x 3 grid, padded by repeats."""
-    segments = []
-    for lines in (3, 3, 1)[:rng.integers(2, 4)]:
-        place = rng.permutation(9)[:lines + 1]
-        points = np.stack([place % 3, place // 3], 1) * 0.8 - 0.8 + rng.random((lines + 1, 2)) * 0.3 - 0.15
-        segments += list(np.concatenate([points[:-1], points[1:]], 1))
-    return segments + [segments[-1]] * (7 - len(segments))
-
-
 def glyph_strokes(count=100, candidates=1500):
     """Stroke characters (count, 7, 4): of many random ones, each next is the most unlike those before."""
     rng = np.random.default_rng(7)
-    found = np.array([random_glyph(rng) for _ in range(candidates)], f4)
+    found = []
+    for _ in range(candidates):
+        segments = []
+        for lines in (3, 3, 1)[:rng.integers(2, 4)]:        # strokes that visit random points of a 3 x 3 grid
+            place = rng.permutation(9)[:lines + 1]
+            grid = np.stack([place % 3, place // 3], 1) * 0.8 - 0.8
+            points = grid + rng.random((lines + 1, 2)) * 0.3 - 0.15
+            segments += list(np.concatenate([points[:-1], points[1:]], 1))
+        found.append(segments + [segments[-1]] * (7 - len(segments)))
+    found = np.array(found, f4)
     c = Canvas(candidates, 10, rng)
     looks = np.minimum(ink(c.x / 0.9, c.y / 0.9, found), 0.6).reshape(candidates, -1)
     chosen = [0]

@@ -459,18 +459,18 @@ def test_check(tmp_path, monkeypatch, capsys):
     with refuses("rte is not whole: 18 train texts where the whole set has 2,241; 2 val texts where the whole set has 249; "
                  "6 test texts where the whole set has 277"):
         data.main(["--check", "rte", "--data-dir", str(tmp_path)])
-    monkeypatch.setattr(data.TEXTS["rte"], "official", dict(train=20, test=6))
+    monkeypatch.setattr(data.TEXTS["rte"], "official", dict(train=18, val=2, test=6))
     capsys.readouterr()
     data.main(["--check", "rte", "--data-dir", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "2 classes (entailment, not entailment), scored by accuracy; official: 20 / 6 (train / test); val is 10% of train" in said
-    assert "  test: 6 texts, 3 of them (50.0%) entailment; the longest has 25 tokens" in said
+    assert "2 classes (entailment, not entailment), by accuracy" in said
+    assert "  test: 6 texts, 3 of them (50.0%) entailment; the longest has 25 tokens; official: 6" in said
     assert "the first training text" in said and "'Claim 18'" in said and "rte is whole" in said
 
 
 def test_official_counts():
     ours = dict(mrpc=(3301, 367, 408), cola=(7696, 855, 1043), rte=(2241, 249, 277), imdb=(22500, 2500, 25000))
     for name, (train, val, test) in ours.items():
-        official = data.TEXTS[name].official
-        assert official == dict(train=train + val, test=test) and round(data.VAL_SHARE * official["train"]) == val
+        assert data.TEXTS[name].official == dict(train=train, val=val, test=test)
+        assert round(data.VAL_SHARE * (train + val)) == val
     assert not {*data.TEXTS, *data.GRAMMAR} & {*data.REAL, *data.SPECS}
