@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (IMAGENET, InputError, Parser, ViT, ViTConfig, accuracy, file_name, fit, positive,
-                    rank_zero_first, script, unknown, whole, write_atomically)
+                    rank_zero_first, script, unknown, whole, write_atomically, writing)
 
 SPLITS = ("train", "val", "test")
 RECIPES = ("none", "shift", "decathlon", "deit")
@@ -1824,8 +1824,9 @@ def one_of_each(task, columns):
 
 def save_grid(images, path, columns):
     from torchvision.utils import make_grid, save_image
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    save_image(make_grid(images, nrow=columns, padding=2, pad_value=1), path)
+    with writing(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        save_image(make_grid(images, nrow=columns, padding=2, pad_value=1), path)
 
 
 def difficulty(task):
@@ -1885,7 +1886,7 @@ def check(name, data_dir, image_size, workers, output, limit=2000):
 def report_whole(name, trouble, known=True):
     if trouble:
         raise InputError(f"{name} is not whole: {'; '.join(trouble)}")
-    print(f"{name} is whole: its counts are the official ones" if known else f"{name}: no known counts")
+    print(f"{name} is whole: its counts are the official ones" if known else f"{name} has no official counts")
 
 
 def check_texts(name, data_dir, tokens):
@@ -2791,7 +2792,10 @@ def draw_missing(names, data_dir, image_size, seed, workers):
             parts[name, split].append(part)
     for key, some in parts.items():
         images[key] = np.concatenate(some)
-        write_cache(cache_path(*key, data_dir, image_size, seed), images[key])
+        try:
+            write_cache(cache_path(*key, data_dir, image_size, seed), images[key])
+        except (InputError, OSError) as error:              # a full or read-only disk
+            print(f"{key[0]}: drawn anew every time, as {error}")
     return images
 
 

@@ -614,6 +614,14 @@ def test_workers_and_cache_do_not_matter(small, tmp_path):
         assert (one.mean, one.std) == (other.mean, other.std)
 
 
+def test_a_cache_that_cannot_be_written(small, tmp_path, capsys):
+    (tmp_path / "drawn").write_text("a file where the folder should be")
+    assert len(data.load("digits", tmp_path).labels["val"]) == 130
+    assert "drawn anew every time" in capsys.readouterr().out
+    with refuses("sheet.png cannot be written"):
+        data.save_grid(torch.zeros(1, 3, 4, 4), str(tmp_path / "drawn" / "x" / "sheet.png"), 1)
+
+
 def test_chunks_make_up_the_split(task):
     """The split is its chunks in order, whatever order they were drawn in."""
     chunks = [data.draw_chunk("digits", "train", c, 32, 0) for c in (2, 0, 1)]
