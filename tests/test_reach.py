@@ -328,14 +328,15 @@ args = al.settings(sys.argv[1:])
 machine = common.setup_machine("cpu", "auto", 0, 1)
 run = common.Run(args.output, vars(args), machine)
 (task,) = data.load_tasks(["imagenet/10#10"], args, machine).values()
-pool = al.pool_of(run, args)
+pool = al.pool_of(run, args, new=True)
 net = al.backbone(pool.config, (12,), 0)
-stem = al.tensors_of(al.stem_of(net))
 for n in range(1, 10):                                       # nine learngenes, for what they cost
-    gene = al.new_learngene(al.learngene_shapes(net), "delta")
-    record = dict(gene=gene, stem=stem if n == 1 else {}, head={}, dataset=str(n), class_names=[], counts={})
-    head = al.tensors_of(al.new_head(768, task.num_classes))
-    pool.append({**record, "head": head, "depths": [12], "seed": 0}, task, write=False)
+    pool.append({
+        "gene": al.new_learngene(al.learngene_shapes(net), "delta"),
+        "stem": {name: p.detach() for name, p in al.stem_of(net).items()} if n == 1 else {},
+        "head": al.tensors_of(al.new_head(768, task.num_classes)),
+        "depths": [12],
+        "seed": 0}, task, write=False)
 al.learn(run, args, pool, task)
 print(len(pool), task.num_classes, type(task).__name__)
 """
