@@ -236,7 +236,8 @@ def test_minutes_by_hand(tmp_path):
 def test_the_fewest_learngenes_that_keep_95_percent(tmp_path):
     counts = {"stored": 3, "nominal": 2, "deployed": 9}
     found = {"stage": "train", "task": "kinds", "size": "drawn-small", "depths": [6], **counts}
-    write_log(tmp_path / "table1-small-s0", {**found, "method": "all", "accuracy": 80},
+    select = {"stage": "select", "task": "kinds", "depths": [6], "reward": 0.1}         # logged in between
+    write_log(tmp_path / "table1-small-s0", select, {**found, "method": "all", "accuracy": 80},
               {**found, "method": "adaptive", "accuracy": 81, "genes": 0, "learngenes": [1, 2, 3, 4, 5]})
     for genes, accuracy in ((1, 75), (2, 76), (3, 79)):                 # 76 is 95 % of 80
         record = {**found, "method": "adaptive", "accuracy": accuracy, "genes": genes}
