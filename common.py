@@ -710,7 +710,7 @@ def writing(path):
     except FileExistsError:
         raise
     except (OSError, RuntimeError) as error:                        # torch.save: RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or "the disk may be full"
         raise InputError(f"{path} cannot be written: {reason}; make room, or name another place") from error
 
 
@@ -1301,8 +1301,10 @@ def respelled(weights, dialect):
     for name in list(weights):
         if ".attention.attention.query." in name:
             parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-            found = [weights.pop(part) for part in parts if part in weights]
-            weights[name.replace(".query.", ".qkv.")] = torch.cat(found)
+            found = [weights[part] for part in parts if part in weights]
+            if found[0].ndim and len({tensor.shape for tensor in found}) == 1:
+                weights[name.replace(".query.", ".qkv.")] = torch.cat(found)
+                weights = {name: tensor for name, tensor in weights.items() if name not in parts}
     return weights
 
 
@@ -1336,6 +1338,11 @@ def dialect_of(weights, path):
     return found[0]
 
 
+def row_count(state, name):
+    """Of a matrix that may be missing, or be none."""
+    return len(state[name]) if name in state and state[name].ndim else 0
+
+
 def heads_of_width(width, path):
     """The number of heads is a guess, as shapes do not tell: 64 to a head, as in all but ViT-H."""
     if width % 64:
@@ -1349,7 +1356,7 @@ def grid_of(state, path):
     patch = state.get("patch_embed.proj.weight", torch.empty(0))
     pos = state.get("pos_embed", torch.empty(0))
     fc1 = state.get("blocks.0.mlp.fc1.weight", torch.empty(0))
-    if patch.ndim == 4 and patch.shape[1] == 3 and pos.ndim == 3 and fc1.ndim == 2:
+    if patch.ndim == 4 and patch.shape[1] == 3 and len(patch) and pos.ndim == 3 and fc1.ndim == 2:
         patches = pos.shape[1] - ("cls_token" in state)
         grid = math.isqrt(max(0, patches))
         if grid and grid ** 2 == patches:
@@ -1372,16 +1379,15 @@ def vit_state(weights, heads=None, path="the file"):
     state = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     state = renamed(state, dialect, "timm")
     grid = grid_of(state, path)
-    head = [name for name in ("head.weight", "head.bias") if name in state]
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     config = ViTConfig(
         image_size=grid * patch_size, patch_size=patch_size, width=width,
         depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         heads=heads or heads_of_width(width, path),
-        num_classes=len(state[head[0]]) if head else 1,
+        num_classes=row_count(state, "head.weight") or 1,
         pooling="token" if "cls_token" in state else "avg",
         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) // width)
-    spare = [name for name in state if SPARE.match(name) and name not in head]
+    spare = [n for n in state if SPARE.match(n) and n not in ("head.weight", "head.bias")]
     state = {name: tensor for name, tensor in state.items() if name not in spare}
     with torch.device("meta"):
         check_fits(state, ViT(config), path, "head.")
@@ -1393,8 +1399,8 @@ def resized_pos_embed(pos_embed, grid, prefix, mode="bicubic"):
     """Position embeddings (1, prefix + n n, D) for another grid -> (1, prefix + rows columns, D).
 
     grid: its rows, or (rows, columns). Bicubic with antialiasing as in timm; DeiT and Hugging Face do without
-    it, torchvision aligns corners;
-    Segmenter: bilinear. The first `prefix`, those of class tokens, have no place on the grid and stay.
+    it, torchvision aligns corners; Segmenter: bilinear. The first `prefix`, those of class tokens, have no
+    place on the grid and stay.
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     n = math.isqrt(pos_embed.shape[1] - prefix)
@@ -1416,6 +1422,16 @@ def vit_says(config):
         "intermediate_size": [config.mlp_ratio * config.width],
         "pooling": [config.pooling], "global_pool": [config.pooling],
     }
+
+
+def guesses(config, said, heads_known, dialect):
+    """What shapes do not tell of a ViT, and nobody has said."""
+    guessed = [] if heads_known else [f"{config.heads} heads"]
+    if "image_size" not in said:
+        guessed.append("a square grid")
+    if dialect == "timm" and config.pooling == "token" and not {"pooling", "global_pool"} & said.keys():
+        guessed.append("token pooling")
+    return guessed
 
 
 def normalisation_of(path, about, report, classes):
@@ -1444,7 +1460,7 @@ def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=Non
     ("kept" or "replaced"), "mean", "std", "normalisation" (why these). say prints it, and what was guessed.
     """
     weights, about = read_weights(path)
-    guess = ""
+    guess = []
     if net is None or isinstance(net, ViT):
         known = heads or about.get("heads") or (net.config.heads if net else None)
         state, config, report = vit_state(weights, known, path)
@@ -1457,21 +1473,20 @@ def load_pretrained(path, num_classes=None, image_size=None, heads=None, net=Non
         check_same_architecture(config, net.config, path)
         grid = net.config.image_size // net.config.patch_size
         state["pos_embed"] = resized_pos_embed(state["pos_embed"], grid, int(config.pooling == "token"))
-        if not about["said"]:
-            guess = (f"  {config.heads} heads, {config.pooling} pooling, a square grid are guesses; else say "
-                     f"\"heads\", \"pooling\", \"image_size\" in {card_of(path)}")
+        guess = guesses(config, about["said"], known, report["source"])
     else:
         state = respelled(weights, "torchvision")
         state = {name: tensor for name, tensor in state.items() if "relative_position_index" not in name}
         report = {"source": "torchvision", "unexpected": []}
-    classes = len(state.get("head.weight", ()))
+    classes = row_count(state, "head.weight")
     fill(net, state, report, path)
     mean, std, why = normalisation_of(path, about, report, classes)
     report |= {"mean": mean, "std": std, "normalisation": why}
     say(f"{path}: {report['loaded']} tensors under names of {report['source']}; head {report['head']} "
         f"({len(net.head.weight)} classes); not used: {', '.join(report['unexpected']) or 'none'}")
     if guess:
-        say(guess)
+        say(f"  guesses: {', '.join(guess)}; else say "
+            f"\"heads\", \"pooling\", \"image_size\" in {card_of(path)}")
     say(f"  normalisation: mean {mean}, std {std} ({why})")
     return net, report
 
@@ -1486,7 +1501,7 @@ def check_same_architecture(theirs, ours, path):
 
 def fill(net, state, report, path):
     """Loads a state into a net, the head where it has as many classes; the report gets what was done."""
-    kept = len(state.get("head.weight", ())) == len(net.head.weight) and "head.bias" in state
+    kept = row_count(state, "head.weight") == len(net.head.weight) and "head.bias" in state
     if not kept:
         report["unexpected"] += [name for name in state if name.startswith("head.")]
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
@@ -1559,7 +1574,7 @@ def gpt2_state(weights, path):
     if not wte.ndim == wpe.ndim == first.ndim == 2 or 3 * wte.shape[1] not in first.shape:
         raise InputError(f"{path} is no GPT-2: that has wte.weight, wpe.weight and h.0.attn.c_attn.weight; "
                          "give gpt2's pytorch_model.bin or model.safetensors")
-    if not torch.equal(state.get("lm_head.weight", wte), wte):
+    if not torch.equal(state.get("lm_head.weight", wte).float(), wte.float()):
         raise InputError(f"{path} has an lm_head that is not its token table; this GPT-2 ties the two")
     if first.shape[0] == wte.shape[1]:                              # Conv1D: (in, out)
         for name in state:
@@ -1585,7 +1600,7 @@ def load_gpt2(path, num_classes=0, say=print):
         check_said(about["said"], gpt2_says(net.config), path)
     head = "none"
     if num_classes:
-        head = "kept" if len(state.get("score.weight", ())) == num_classes else "replaced"
+        head = "kept" if row_count(state, "score.weight") == num_classes else "replaced"
     spare = [name for name in ("lm_head.weight", "score.weight") if name in state]
     if head == "kept":
         spare.remove("score.weight")

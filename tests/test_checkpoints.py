@@ -308,8 +308,9 @@ def test_a_runs_own_settings_say_nothing_of_weights(tmp_path):
 def test_what_shapes_do_not_tell_is_said_to_be_a_guess(tmp_path):
     path = saved(tmp_path / "a.pth", ViT(SMALL).state_dict())
     loaded, guess, normalisation = said_of(path)
-    assert "1 heads, token pooling, a square grid are guesses; else say" in guess and "a.pth.json" in guess
+    assert "guesses: 1 heads, a square grid, token pooling; else say" in guess and "a.pth.json" in guess
     assert "a guess" in normalisation
+    assert "guesses: a square grid, token pooling;" in said_of(path, heads=4)[1]
     card = {"heads": 4, "pooling": "token", "image_size": 32, **OURS}
     (tmp_path / "a.pth.json").write_text(json.dumps(card))
     assert len(said_of(path)) == 2
@@ -544,6 +545,12 @@ def two(path):
     torch.save({f"{whose}.{n}": t for whose in ("student", "other") for n, t in state.items()}, path)
 
 
+def odd_query(path):
+    state = hugging_face(ViT(SMALL).state_dict())
+    state["vit.encoder.layer.0.attention.attention.query.weight"] = torch.ones(64, 32)
+    torch.save(state, path)
+
+
 BIAS = "blocks__1__norm1__bias"
 BAD_FILES = {
     "missing": (lambda path: None, "no file of weights"),
@@ -581,6 +588,10 @@ BAD_FILES = {
         lambda path: changed(path, ["norm.weight", "norm.bias"], fc_norm__weight=torch.ones(64),
                              fc_norm__bias=torch.ones(64)), "lacks norm.weight"),
     "another width": (lambda path: changed(path, norm__weight=torch.ones(32)), "shape of norm.weight"),
+    "a scalar for a head": (lambda path: changed(path, head__weight=torch.tensor(1.0)), "head.weight"),
+    "no width": (lambda path: changed(path, patch_embed__proj__weight=torch.ones(0, 3, 8, 8)),
+                 "no plain ViT"),
+    "q, k, v of other shapes": (odd_query, "lacks blocks.0.attn.qkv.weight"),
     "half of q, k, v": (lambda path: without(path, "key", hugging_face(ViT(SMALL).state_dict())),
                         "another shape of blocks.0.attn.qkv.weight"),
 }
