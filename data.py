@@ -425,6 +425,7 @@ def gibibytes(task):
 
 def check_names(names, data_dir="data", modality="image"):
     """The names by which tasks are called (photos/ is photos), where all of them are known and there."""
+    names = list(names)
     if modality == "image":
         return [checked(name, data_dir) for name in names]
     for name in names:
@@ -432,7 +433,7 @@ def check_names(names, data_dir="data", modality="image"):
             raise unknown("text task", name, [*GRAMMAR, *TEXTS])
         if name in TEXTS:
             locate(name, TEXTS[name], data_dir)
-    return list(names)
+    return names
 
 
 def checked(name, data_dir):
@@ -443,8 +444,11 @@ def checked(name, data_dir):
         if origin in SPECS:
             classes_of(name, len(SPECS[origin].class_names))
         return whole + name[len(origin):]
-    own = os.path.join(data_dir, name)                      # the folder of a real dataset of that name
-    if os.path.isdir(name) and not (name in REAL and os.path.isdir(own) and os.path.samefile(own, name)):
+    if name in REAL:
+        base = locate(name, REAL[name], data_dir)
+        if not os.path.isdir(name) or os.path.realpath(base).startswith(os.path.realpath(name)):
+            return name                                     # no folder, or the dataset's own
+    if os.path.isdir(name):
         part = PART.fullmatch(name)
         if name in known or (part and (part[1] in known or os.path.isdir(part[1]))):
             raise InputError(f"{name} is a task and also a folder: write ./{name} for the folder, or start "
@@ -454,8 +458,6 @@ def checked(name, data_dir):
     if name not in known:
         others = ["a folder with one sub-folder of images per class", "a part as in signs:0-15 or wide/10#3"]
         raise unknown("task or folder", name, [*known, *others])
-    if name in REAL:
-        locate(name, REAL[name], data_dir)
     return name
 
 
@@ -903,6 +905,7 @@ class FileTask(Task):
     def to(self, device):
         other = copy.copy(self)
         other.labels = {split: y.to(device) for split, y in self.labels.items()}
+        other.__post_init__()                               # mean and std on the device
         other.start_anew(device)
         return other
 

@@ -234,8 +234,9 @@ def test_a_name_that_means_two_things(tmp_path, monkeypatch):
     for name in ("flowers", "digits/3#1", "imagenet"):
         with refuses(f"{name} is a task and also a folder: write ./{name}"):
             data.check_names([name], "elsewhere")
-    assert data.check_names(["flowers:0-3"][:0] + ["./flowers", "mine/", "./mine", str(tmp_path / "mine")]) == [
-        "./flowers", "mine", "mine", str(tmp_path / "mine")]
+    assert data.check_names(["./flowers", "mine/", "./mine"]) == ["./flowers", "mine", "mine"]
+    os.rename("elsewhere/imagenet/train", "imagenet/train")
+    assert data.check_names(["imagenet"], ".") == data.check_names(["imagenet"], "imagenet") == ["imagenet"]
     assert data.check_names(["mine/:0-1", "signs"]) == ["mine:0-1", "signs"]
     task = data.load_many(["./flowers", "mine/"], image_size=16)
     assert [t.name for t in task.values()] == ["./flowers", "mine"] and list(task) == ["./flowers", "mine/"]
