@@ -1,5 +1,6 @@
 """What test files share: runs of seconds and what they leave, kills and torchrun, files from elsewhere."""
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -27,6 +28,14 @@ TINY = (
     "--patch 16 --hypernet tiny --ancestry-size 16x1x8 --tune-tasks pedestrian,digits "
     "--ancestry-epochs 0.005 --pretrain-epochs 0.03 --tune-epochs 0.08 --train-epochs 0.1 "
     "--batch-size 200 --split val --save-every 1 --device cpu").split()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A test that skips itself for want of a package is optional, also where it does not say so."""
+    for item in items:
+        if "importorskip" in inspect.getsource(item.function):
+            item.add_marker(pytest.mark.optional)
 
 
 @pytest.fixture(scope="session")
