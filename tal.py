@@ -221,6 +221,7 @@ class GraphBuilder:
 
     node_of: parameter name -> its node
     ends: node of the trace -> the nodes of f^G from which its value comes
+    reused: nodes of the trace whose value comes from a matrix that has its node elsewhere
     """
     def __init__(self, net):
         self.modules = dict(net.named_modules(remove_duplicate=False))
@@ -234,6 +235,7 @@ class GraphBuilder:
         self.outputs = []
         self.node_of = {}
         self.ends = {}
+        self.reused = set()
 
     def visit(self, node):
         sources = []
@@ -247,9 +249,13 @@ class GraphBuilder:
         elif node.op == "call_module":
             self.ends[node] = self.visit_module(node, sources)
         elif node.op == "output":
-            self.outputs = sources
+            for source in node.all_input_nodes:
+                if source not in self.reused:                # a tied head is no head of its own
+                    self.outputs.extend(self.ends[source])
         else:
             self.ends[node] = self.visit_call(node, sources)
+        if self.ends.get(node) == sources and not self.reused.isdisjoint(node.all_input_nodes):
+            self.reused.add(node)
 
     def visit_attribute(self, node):
         """A parameter that is read directly; one that a function owns waits for its call."""
@@ -270,6 +276,8 @@ class GraphBuilder:
             raise InputError(
                 f"{node.target} is a {type(module).__name__}, which has no place in the graphs of "
                 "this hypernetwork; build it of linear, convolutional and normalising layers")
+        if op in CONVOLUTIONS and all(name in self.node_of for name in owned):
+            self.reused.add(node)
         return self.add_operation(op, owned, sources, self.attention_heads(node))
 
     def visit_call(self, node, sources):
@@ -282,6 +290,8 @@ class GraphBuilder:
         for source in node.all_input_nodes:
             if source.op == "get_attr" and source.target in self.first_name:
                 owned.append(self.first_name[source.target])
+        if op in CONVOLUTIONS and all(name in self.node_of for name in owned):
+            self.reused.add(node)
         return self.add_operation(op, owned, sources, self.attention_heads(node))
 
     def attention_heads(self, node):
@@ -1189,6 +1199,9 @@ def train_hypernet(run, stage, args, hypernet, tasks, embeddings, objective, epo
         hypernet_identity(args, stage, objective.ancestry, tasks),
         extra={"hypernet": asdict(hypernet.config), "embeddings": embeddings,
                "classes": {task.name: task.num_classes for task in tasks}})
+    unknown = [task.name for task in tasks if objective.soft and not objective.ancestry.knows(task)]
+    if unknown:
+        run.print(f"the ancestry has no head for the classes of {', '.join(unknown)}: hard labels")
     for step in job.steps():
         drawn, visit = schedule[step]
         task = tasks[drawn]
@@ -1982,6 +1995,10 @@ def initialise_from_ancestry(net, ancestry, task, method):
     """What a user does who has the ancestry but no TAL, in place: fine-tunes it where the sizes
     match, all but the head, or trains a selection of its weights where it is larger."""
     own, large = net.config, ancestry.encoder.config
+    shapes = [(c.image_size, c.patch_size, c.pooling) for c in (own, large)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"--method {method} takes images as the ancestry does: --image-size "
+                         f"{large.image_size} --patch {large.patch_size} --pooling {large.pooling}")
     if method == "finetune" and replace(own, num_classes=large.num_classes) != large:
         raise InputError(f"--method finetune takes the ancestry's own size: --size "
                          f"{large.width}x{large.heads} --depth {large.depth}")

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -283,6 +283,111 @@ def test_graph_of_torchvisions_vit_is_ours(nets):
     assert sorted(ours.edges) == sorted(theirs.edges) and torch.equal(ours.distance, theirs.distance)
     learngene = small_hypernet().learngene
     assert torch.equal(learngene(ours), learngene(theirs))
+
+
+class Sequence(nn.Module):
+    """Tokens (B, T) through one kind of layer to a head; `out` picks what the layer's output is."""
+    def __init__(self, layer, out=lambda x: x):
+        super().__init__()
+        self.table, self.layer, self.head, self.out = nn.Embedding(8, 6), layer, nn.Linear(6, 3), out
+
+    def forward(self, ids):
+        return self.head(self.out(self.layer(self.table(ids))).mean(1))
+
+
+class Tied(nn.Module):
+    """The head is the token table, and one block has three names."""
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(8, 6), nn.Linear(6, 8, bias=False)
+        self.head.weight = self.table.weight
+        self.first = self.second = self.third = nn.Linear(6, 6)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.head(self.third(self.second(torch.relu(self.first(x)))))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.body(x))
+        return self.a(x), self.b(x)
+
+
+IDS = torch.randint(0, 8, (2, 5))
+NETS = {                                     # name -> (network, input, names of its heads)
+    "tied": (Tied(), IDS, []),
+    "two heads": (TwoHeads(), torch.randn(2, 6), ["a.weight", "b.weight"]),
+    "conv1d": (nn.Sequential(nn.Conv1d(3, 6, 3), nn.PReLU(), nn.Conv1d(6, 4, 1), nn.AdaptiveAvgPool1d(1)),
+               torch.randn(2, 3, 9), ["2.weight"]),
+    "conv3d": (nn.Sequential(nn.Conv3d(3, 6, (2, 3, 3)), nn.BatchNorm3d(6), nn.PReLU(6), nn.Conv3d(6, 4, 1)),
+               torch.randn(2, 3, 4, 5, 5), ["3.weight"]),
+    "convolution as head": (nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1)),
+                            torch.randn(2, 3, 6, 6), []),
+    "LSTM": (Sequence(nn.LSTM(6, 6, batch_first=True), lambda x: x[0]), IDS, ["head.weight"]),
+    "GRU": (Sequence(nn.GRU(6, 3, 2, bidirectional=True, batch_first=True), lambda x: x[0]), IDS,
+            ["head.weight"]),
+    "RMSNorm": (Sequence(nn.RMSNorm(6)), IDS, ["head.weight"]),
+}
+
+
+@pytest.mark.parametrize("decoder", ["low-rank", "tiled"])
+@pytest.mark.parametrize("name", NETS)
+def test_any_network(name, decoder):
+    """Every parameter has one node, is predicted in its shape, and the network runs."""
+    net, x, heads = NETS[name]
+    graph = encode_graph(net)
+    check_graph(net, graph)
+    assert [graph.names[head] for head in graph.heads] == heads
+    torch.manual_seed(0)
+    hypernet = tal.Hypernet(replace(tal.HYPERNETS["tiny"], tokens=8, decoder=decoder))
+    model = tal.TAL(hypernet, None, {}, {}, tal.settings(["--hypernet", "tiny"]))
+    out = model(net)(x)
+    for part in out if isinstance(out, tuple) else (out,):
+        assert part.isfinite().all() and part.std() > 0
+    if name == "tied":
+        assert net.head.weight is net.table.weight and len(graph) == 4
+
+
+class Forked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 0 else -self.fc(x)
+
+
+@pytest.mark.parametrize("net, words", [
+    (Forked(), "torch.fx cannot trace Forked"),
+    (Sequence(nn.TransformerEncoderLayer(6, 2, 8)), "TransformerEncoderLayer, which has no place"),
+    (nn.Sequential(nn.Bilinear(4, 4, 2)), "Bilinear, which has no place|cannot trace")])
+def test_networks_that_are_refused(net, words):
+    with refuses(words):
+        encode_graph(net)
+
+
+FAMILIES = (
+    "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s maxvit_t mnasnet0_5 mobilenet_v2 "
+    "mobilenet_v3_small resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_v2_t vgg11_bn wide_resnet50_2 "
+    "deeplabv3_resnet50 fcn_resnet50 lraspp_mobilenet_v3_large r3d_18 mc3_18 r2plus1d_18 s3d mvit_v1_b "
+    "mvit_v2_s swin3d_t").split()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_of_torchvision(name):
+    """One of each family of classifiers, segmentation and video networks, without storage."""
+    with torch.device("meta"):
+        segments = name.startswith(("deeplab", "fcn", "lraspp"))
+        more = {"weights_backbone": None} if segments else {}
+        net = torchvision.models.get_model(name, weights=None, **more).eval()
+        hypernet = tal.Hypernet(replace(tal.HYPERNETS["tiny"], channels=2048, kernels=16, classes=1000))
+    weights = hypernet.predict(encode_graph(net).to("meta"))
+    assert {n: w.shape for n, w in weights.items()} == {n: p.shape for n, p in net.named_parameters()}
 
 
 def test_size_features_interpolate_on_a_log_scale():
@@ -1034,6 +1139,29 @@ def test_evaluate_gives_unseen_tasks_their_embedding(drawn, tuned, tmp_path, mon
     assert all(I.norm().item() == pytest.approx(4, rel=1e-4) for I in given)
 
 
+def test_other_data_under_the_same_name_is_loud_and_a_result_stands_once(tmp_path, capsys):
+    """The images of two classes change places: the checkpoint is of other data. A result stands once."""
+    folder = folder_of_images(tmp_path / "mine", ("cat", "dog"))
+    argv = [*TINY, "--stage", "train", "--method", "random", "--data", str(folder), "--train-epochs", "50",
+            "--output", str(tmp_path / "run")]
+    tal.main(argv)
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    tal.main(argv)
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log
+    (folder / "cat").rename(folder / "x")
+    (folder / "dog").rename(folder / "cat")
+    (folder / "x").rename(folder / "dog")
+    with refuses("other data than .*mine"):
+        tal.main(argv)
+
+
+def test_an_ancestry_without_the_classes_of_a_task_teaches_by_hard_labels_and_says_so(
+        drawn, tuned, tmp_path, capsys):
+    run_tal(drawn, tmp_path, "--stage", "pretrain", "--method", "tal+", "--base-task", "clothing",
+            "--pretrain-epochs", "0.1", "--ancestry", tuned / "ancestry.pt")
+    assert "no head for the classes of clothing: hard labels" in capsys.readouterr().out
+
+
 def test_the_base_task_keeps_its_predicted_head(tuned, drawn, tmp_path):
     """Table 1: trained on from the pretraining, the base task starts where the untrained network of `--stage
     pretrain` stands; another task starts from a random head."""
@@ -1095,6 +1223,9 @@ def test_finetune_takes_all_but_the_head_and_selection_evenly_spaced_weights():
     same_state(encoder(smaller), encoder(other))
     with refuses("--size 32x2 --depth 3"):
         tal.initialise_from_ancestry(smaller, ancestry, small_task(), "finetune")
+    with refuses("--image-size 32 --patch 8 --pooling avg"):
+        token = ViT(ViTConfig(32, 8, 16, 2, 2, 2, "token"))
+        tal.initialise_from_ancestry(token, ancestry, small_task(), "selection")
     with refuses("3 layers"):
         tal.initialise_from_ancestry(vit(16, 4), ancestry, small_task(), "selection")
     with refuses("--stage train"):
