@@ -33,6 +33,7 @@ decisions where the paper is silent, and docs/decisions.md lists them.
     phi, pi_phi       phi (N,)              logits of the selection policy
     b                 b                     moving average of rewards
 """
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -77,16 +78,21 @@ class AncestryConfig:
 def coefficients(L, N, basis="chebyshev"):
     """a(l, n), (L, N): the polynomial of degree n - 1 at x_l = (l - 1) / L (Lin et al. 2024c; A1).
 
-    The polynomials are Chebyshev's. So learngene 1 is the same in all layers, as Eq. (1) says "used
-    across all layers", and learngenes 1 and 2 are TLEG. Basis "printed" is the formula as it was
-    printed in 2024, T_n(x_l): layer 1 then gets nothing of learngene 1.
+    So learngene 1 is the same in all layers, as Eq. (1) says "used across all layers", and
+    learngenes 1 and 2 are TLEG. Basis "printed" is the formula as printed in 2024, Chebyshev's
+    T_n(x_l): layer 1 then gets nothing of learngene 1.
     """
     first = 1 if basis == "printed" else 0
     x = torch.arange(L, dtype=torch.float64) / L
-    T = [torch.ones_like(x), x]
+    P = [torch.ones_like(x), x]
     for k in range(1, N + first):
-        T.append(2 * x * T[k] - T[k - 1])
-    return torch.stack(T[first:N + first], 1).float()
+        if basis == "legendre":
+            P.append(((2 * k + 1) * x * P[k] - k * P[k - 1]) / (k + 1))
+        elif basis == "monomial":
+            P.append(x * P[k])
+        else:
+            P.append(2 * x * P[k] - P[k - 1])
+    return torch.stack(P[first:N + first], 1).float()
 
 
 def compose(theta, a, G=None):
@@ -107,10 +113,7 @@ SWIN_SIZES = {      # width, layers per stage, window, channels per head
 
 
 def backbone(config, depths, num_classes):
-    """An untrained ViT, or torchvision's Swin, of so many layers (per stage).
-
-    num_classes 0: it gives features instead of logits.
-    """
+    """An untrained ViT, or torchvision's Swin; num_classes 0: it gives features, not logits."""
     if config.size in SWIN_SIZES:
         from torchvision.models.swin_transformer import SwinTransformer
         width, own_depths, window, channels = SWIN_SIZES[config.size]
@@ -172,28 +175,23 @@ def offset(name, shape, init):
 
 
 class ComposedNetwork(nn.Module):
-    """A network whose blocks are composed in every forward pass, of learngenes that train.
+    """A network whose blocks are composed of learngenes in every forward pass: the ancestry model.
 
-    It is the ancestry model of Eqs. (1)-(3), where older learngenes are frozen; and it is TLEG, and
-    a descendant that keeps Eq. (8).
-
-    net: a backbone without head. genes: {n: learngene} of those that train; N: how many in all.
-    frozen: {name: (N', ...)}, learngenes 1 to N'. Its parameters are only what trains: learngenes,
-    head and, with train_stem, the stem.
+    Also TLEG, and a descendant that keeps Eq. (8). net: a backbone without head. genes: those that
+    train, {n: learngene}, of N in all. frozen: {name: (N', ...)}, learngenes 1 to N'. Parameters
+    are what trains: learngenes, head and, with train_stem, the stem.
     """
 
     def __init__(self, net, config, N, genes, head, frozen=None, train_stem=False):
         super().__init__()
         self.genes = nn.ModuleDict({str(n): as_module(gene) for n, gene in genes.items()})
-        self.head = head
-        self.stem = as_module(stem_of(net) if train_stem else {})
+        self.head, self.stem = head, as_module(stem_of(net) if train_stem else {})
         self.net = (net.requires_grad_(False),)    # a tuple hides it from parameters()
         self.layers, self.frozen = layers_of(net), frozen
         self.columns = [n - 1 for n in genes]      # of a, of those that train
-        self.a, self.offset = {}, {}
+        self.a, self.offset, device = {}, {}, next(net.parameters()).device
         for name, shape in learngene_shapes(net).items():
-            a = coefficients(len(self.layers[name]), N, config.basis)
-            self.a[name] = a.to(next(net.parameters()).device)
+            self.a[name] = coefficients(len(self.layers[name]), N, config.basis).to(device)
             self.offset[name] = offset(name, shape, config.init)
 
     def theta(self):
@@ -298,19 +296,15 @@ def loss_ce(y, y_hat):
     return F.cross_entropy(y_hat, y)               # Eq. (4)
 
 
-CURVE_POINTS = 12       # measurements on val during a training (Fig. 3)
-
-
 def optimise(run, args, stage, net, task, images, lr, identity, forward=None, teacher=None,
              measure=None):
     """The training loop of everything here: trains `net`, by the logits that it gives for images.
 
     images: how many, over all steps. forward(x, step): takes the place of net(x). teacher: its soft
-    labels take that of the task's. measure(): a number to log CURVE_POINTS times along the way.
+    labels take that of the task's. measure(): a number to log twelve times on the way (Fig. 3).
     """
-    machine = run.machine
-    steps = math.ceil(images / args.batch_size)
-    points = {math.ceil(steps * k / CURVE_POINTS) for k in range(1, CURVE_POINTS + 1)}
+    machine, steps = run.machine, math.ceil(images / args.batch_size)
+    points = {math.ceil(steps * k / 12) for k in range(1, 13)}
     crop = args.crop if task.segmentation else None
     identity |= common.identity(args, "data", "training")
     identity |= {"lr": lr, "task": task.name, "content": task.fingerprint}
@@ -359,10 +353,9 @@ def learn(run, args, pool, task):
     identity |= {"depths": depths, "parent": pool.hash}
     optimise(run, args, f"ancestry-{n:02d}", model, task, images, args.lr, identity,
              forward=lambda x, step: model(x, masks[step]))
-    pool.append({
-        "gene": tensors_of(model.genes[str(n)]), "head": tensors_of(head),
-        "stem": tensors_of(model.stem), "depths": depths, "seed": args.seed,
-    }, task, write=run.machine.rank == 0)
+    learned = {"gene": tensors_of(model.genes[str(n)]), "head": tensors_of(head),
+               "stem": tensors_of(model.stem), "depths": depths, "seed": args.seed}
+    pool.append(learned, task, write=run.machine.rank == 0)
 
 
 # The learngene pool: a directory, append-only, one file per learngene, each naming the one before.
@@ -402,6 +395,11 @@ class Pool:
     def file(self, n):
         return self.path / f"learngene-{n:02d}.pt"
 
+    @property
+    def hash(self):
+        """Of the last learngene, and so of all."""
+        return self.records[-1]["hash"] if self.records else ""
+
     def check(self, record, file):
         """Takes a file's record, once all is found in order."""
         if record["hash"] != content_hash(record):
@@ -418,10 +416,6 @@ class Pool:
             raise InputError(
                 f"{file} belongs to another lineage: it was not learned on top of the {len(self)} "
                 "learngenes before it; learngenes of different pools cannot be mixed")
-        self.check_tensors(record, file)
-        self.records.append(record)
-
-    def check_tensors(self, record, file):
         with torch.device("meta"):
             net = backbone(self.config, record["depths"], len(record["class_names"]))
         needed = {"gene": learngene_shapes(net), "head": shapes_of(net.head.state_dict())}
@@ -429,8 +423,9 @@ class Pool:
             needed["stem"] = shapes_of(stem_of(net))
         for part, shapes in needed.items():
             for name, _ in shapes.items() ^ shapes_of(record[part]).items():
-                raise InputError(f"{file}: its {part} has no {name}, or not in the shape that these "
-                                 "networks have; restore it from a copy")
+                raise InputError(f"{file}: its {part} has no {name}, or not in the shape of these "
+                                 "networks; restore it from a copy")
+        self.records.append(record)
 
     def append(self, record, task, write=True):
         """Adds a learngene of `task`, measures it, and writes its file.
@@ -454,11 +449,6 @@ class Pool:
         except FileExistsError:
             raise InputError(f"another run has written {file} meanwhile, which stays; start the "
                              "same command again: this dataset is learned on top of it") from None
-
-    @property
-    def hash(self):
-        """Of the last learngene, and so of all."""
-        return self.records[-1]["hash"] if self.records else ""
 
     @functools.lru_cache(2)
     def theta(self, N):
@@ -513,8 +503,11 @@ def content_hash(record):
     return digest.hexdigest()
 
 
-def sha256(tensor):
-    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
+def sha256(*tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def percent(logits, y):
@@ -607,17 +600,34 @@ def entropy_of(phi):
 
 
 class Rewards:
-    """r(G) for rows of G, each subset computed once by score(G) -> (reward, accuracy)."""
+    """r(G) for rows of G, each subset computed once by score(G) -> (reward, accuracy).
 
-    def __init__(self, score, N):
-        self.score, self.N, self.seen = score, N, {}
+    path: a file that keeps what was computed, for a search that is killed and started again.
+    """
+
+    def __init__(self, score, N, path=None):
+        self.score, self.N, self.path = score, N, path
+        self.seen, self.kept = {}, {}              # by this search; in the file
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError):       # a line that a kill has torn
+                *G, r, right = json.loads(line)
+                self.kept[tuple(G)] = (r, right)
 
     def __call__(self, G):
         subsets = [tuple(row) for row in torch.as_tensor(G).int().tolist()]
         for subset in subsets:
-            if subset not in self.seen:
-                self.seen[subset] = self.score(torch.tensor(subset, dtype=torch.float32))
+            if subset not in self.kept:
+                self.kept[subset] = self.score(torch.tensor(subset, dtype=torch.float32))
+                self.keep(subset)
+            self.seen[subset] = self.kept[subset]
         return torch.tensor([self.seen[subset][0] for subset in subsets], dtype=torch.float64)
+
+    def keep(self, subset):
+        if self.path is not None:
+            line = json.dumps([*subset, *self.kept[subset]])
+            with common.writing(self.path), open(self.path, "a") as file:
+                file.write(f"\n{line}\n")        # on a line of its own, whatever was torn before
 
     def best(self, k=0):
         """The best selection seen, of size k if k > 0; among equals the first in their order."""
@@ -662,7 +672,7 @@ def exhaustive(rewards, k):
 
 
 # The paper takes p_y(x) from "the model initialized with the selected learngenes", which has no
-# head for a new task. Class means of its features take that place, or a short training (A6).
+# head for a new task. A closed form on its features takes that place, or a short training (A6).
 
 def class_mean_logits(f, y, C, temperature=10.0):
     """Cosine of each centred feature to the mean of each class, times 10 -> logits (B, C)
@@ -675,6 +685,23 @@ def class_mean_logits(f, y, C, temperature=10.0):
     others = F.normalize(sums[y] - f, dim=-1)
     own = (f * others).sum(-1, keepdim=True)
     return temperature * logits.scatter(1, y[:, None], own)
+
+
+def ridge_logits(f, y, C, temperature=10.0, kappa=0.1):
+    """Ridge regression onto one-hot labels, refitted in closed form without each image, times 10.
+
+    kappa: the ridge, in units of the mean eigenvalue. f (B, D), y (B,) -> logits (B, C)
+    """
+    f, Y = (f - f.mean(0)).double(), F.one_hot(y, C).double()
+    Y = Y - Y.mean(0)
+    A = f.T @ f
+    ridge = kappa * A.trace() / len(A) * torch.eye(len(A), dtype=A.dtype, device=A.device)
+    H = f @ torch.linalg.solve(A + ridge, f.T)
+    h = H.diagonal()[:, None]
+    return (temperature * (H @ Y - h * Y) / (1 - h)).float()
+
+
+CLOSED_FORMS = {"means": class_mean_logits, "ridge": ridge_logits}
 
 
 def reward_rows(task, share, seed):
@@ -707,14 +734,14 @@ def patch_features(net, x):
     return net.fc_norm(net.norm(net.tokens(x)))[:, -patches:]
 
 
-REWARD_HEADS, SEARCHES = ["means", "trained"], ["reinforce", "exhaustive"]
+REWARD_HEADS, SEARCHES = [*CLOSED_FORMS, "trained"], ["reinforce", "exhaustive"]
 
 
 @dataclass(frozen=True)
 class TALS:
     """Settings of the selector."""
     reward_share: float = 0.1      # of the training images are looked at (Training Settings)
-    reward_head: str = "means"     # class means, or a short training: "trained" (A6)
+    reward_head: str = "means"     # class means, "ridge", or a short training: "trained" (A6)
     lam: float = 0.01              # lambda of Eq. (5) (Training Settings)
     search: str = "reinforce"      # or "exhaustive", which checks it
     genes: int = 0                 # how many learngenes; 0: as many as the reward likes (A8)
@@ -742,7 +769,7 @@ def image_logits(pool, task, depths, tals):
 
     def logits(G):
         pool.fill(net, G)
-        return class_mean_logits(in_parts(net, task, x), y, task.num_classes)
+        return CLOSED_FORMS[tals.reward_head](in_parts(net, task, x), y, task.num_classes)
     return logits, y
 
 
@@ -767,7 +794,7 @@ def trained_logits(pool, task, depths, tals):
 
 
 def patch_logits(pool, task, depths, tals):
-    """The same for segmentation, of patches, each of its commonest class (A11); by class means."""
+    """The same for segmentation, of patches, each of its commonest class (A11)."""
     side, masks = pool.config.image_size, task.labels["train"]
     order = torch.randperm(len(masks), generator=data.generator(tals.seed, 7))
     rows = order[:math.ceil(tals.reward_share * len(masks))].to(masks.device)
@@ -781,16 +808,16 @@ def patch_logits(pool, task, depths, tals):
     def logits(G):
         pool.fill(net, G)
         f = in_parts(lambda images: patch_features(net, images).flatten(0, 1), task, x)
-        return class_mean_logits(f[usable], y, task.num_classes)
+        return CLOSED_FORMS[tals.reward_head](f[usable], y, task.num_classes)
     return logits, y
 
 
-def search_selection(pool, task, depths, tals, title=None):
-    """(G, what the search saw: a dict of plain values). title: of a progress bar."""
+def search_selection(pool, task, depths, tals, path=None, title=None):
+    """(G, what the search saw: a dict of plain values). path: of Rewards; title: of a bar."""
     N = len(pool)
     check_genes(tals.genes, pool)
     if tals.reward_head == "trained" and task.segmentation:
-        raise InputError("--reward-head trained is for classification; for segmentation say means")
+        raise InputError("--reward-head trained is for classification; else say means or ridge")
     logits_for = patch_logits if task.segmentation else image_logits
     if tals.reward_head == "trained":
         logits_for = trained_logits
@@ -800,7 +827,7 @@ def search_selection(pool, task, depths, tals, title=None):
         z = logits(G)
         return float(reward(z, y, G, lam=tals.lam)), percent(z, y)
 
-    rewards, policy = Rewards(score, N), None
+    rewards, policy = Rewards(score, N, path), None
     if tals.search == "exhaustive":
         exhaustive(rewards, tals.genes)
     else:
@@ -914,20 +941,21 @@ LARGER = {      # whose weights weight selection takes
 
 
 def initialise(run, args, method, pool, depths, num_classes, G, task):
-    """A network of these depths with a fresh head; its other parameters as the method says.
+    """(net, start): a network with a fresh head, its other parameters as the method says.
 
-    G: the selection, for ours. task: whose normalisation it will see, which matters to published
-    ancestors.
+    start: the hash of what they were made of. G: the selection, for ours. task: whose normalisation
+    it will see, which matters to published ancestors.
     """
     config = picked(AncestryConfig, args)
     torch.manual_seed(args.seed)        # the same head, and the same random blocks, for all methods
     net = backbone(config, depths, num_classes).to(run.machine.device)
     if method in OURS:
-        return pool.fill(net, G)
+        return pool.fill(net, G), pool.hash
     if method == "scratch":
-        return net
+        return net, None
     if method == "tleg":
-        return fill(net, *tleg(run, args))
+        theta, stem, G, config = tleg(run, args)
+        return fill(net, theta, stem, G, config), sha256(*theta.values(), *stem.values())
     size = LARGER[args.size] if method == "weight-selection" else args.size
     state = ancestor(run, args, size, task).state_dict()
     if method == "weight-selection":
@@ -936,7 +964,7 @@ def initialise(run, args, method, pool, depths, num_classes, G, task):
         peg(net, state, data.generator(args.seed, 13))
     else:
         copy_layers(net, state, inherited(method, depths[0], args.ancestry_depth))
-    return net
+    return net, sha256(*state.values())
 
 
 def inherited(method, L, L_ancestor):
@@ -994,22 +1022,22 @@ def ancestor(run, args, size, task):
 
     The latter is made to take images as `task` normalises them.
     """
-    files = published(args)
-    if not files:
+    if not published(args):
         return pretrained(run, args, size)
-    widths = [common.vit_state(common.read_weights(file)[0], 1, file)[1].width for file in files]
+    widths = {}
+    for file in published(args):
+        _, file_config, _ = common.vit_state(common.read_weights(file)[0], 1, file)
+        widths[file_config.width] = file
     width, _ = VIT_SIZES[size]
     if width not in widths:
         raise InputError(f"a network of width {width} ({size}) is needed, but --ancestors names "
                          f"files of width {', '.join(map(str, widths))}")
     config = dataclasses.replace(picked(AncestryConfig, args), size=size)
     net = backbone(config, [args.ancestry_depth], task.num_classes)
-    file = files[widths.index(width)]
-    net, report = common.load_pretrained(file, net=net, say=run.print)
+    net, report = common.load_pretrained(widths[width], net=net, say=run.print)
     if report["mean"] is not None:
         source = (report["mean"], report["std"])
-        state = common.renormalised(net.state_dict(), source, (task.mean, task.std))
-        net.load_state_dict(state)
+        net.load_state_dict(common.renormalised(net.state_dict(), source, (task.mean, task.std)))
     return net.to(run.machine.device).eval().requires_grad_(False)
 
 
@@ -1019,40 +1047,50 @@ def published(args):
     return args.ancestors.split(",") if args.ancestors.endswith(suffixes) else []
 
 
+@functools.lru_cache(4)
 def pretrained(run, args, size):
     """A plain ViT, trained on all classes of the stream at once, on as many images.
 
     It is the ancestor of Pre-Fine, Heur, Auto, PEG and weight selection, and TLEG's teacher.
     """
-    stage, task = f"pretrain-{size}", whole_stream(run, args)
+    stage, device = f"pretrain-{size}", run.machine.device
+    state = made_elsewhere(args, stage)
+    task = None if state else whole_stream(run, args)
     config = dataclasses.replace(picked(AncestryConfig, args), size=size)
     torch.manual_seed(args.seed)
-    net = backbone(config, [args.ancestry_depth], task.num_classes).to(run.machine.device)
-    if not found(run, args, stage, net, task):
+    num_classes = len(state["head.bias"]) if state else task.num_classes
+    net = backbone(config, [args.ancestry_depth], num_classes).to(device)
+    if state:
+        load_weights(net, state, f"{args.ancestors}/{stage}.pt")
+    else:
         images = args.ancestry_epochs * len(task.labels["train"])
         identity = {**asdict(config), "depths": [args.ancestry_depth]}
         optimise(run, args, stage, net, task, images, args.lr, identity)
-        val = accuracy(net.eval(), task, "val", run.machine.device)
-        run.print(f"{stage}: {val:.1f} % on val")
+        run.print(f"{stage}: {accuracy(net.eval(), task, 'val', device):.1f} % on val")
     return net.eval().requires_grad_(False)
 
 
+@functools.lru_cache(4)
 def tleg(run, args):
     """TLEG (Xia et al. 2024): `compose` with two full blocks, theta_B + (l - 1) / L theta_A.
 
     They train at once under the ancestor's soft labels, for half as many epochs (its authors'
     choice). Returns what `fill` takes: theta {name: (2, ...)}, stem, G, config.
     """
-    stage, task, device = f"tleg-{args.size}", whole_stream(run, args), run.machine.device
+    stage, device = f"tleg-{args.size}", run.machine.device
+    state = made_elsewhere(args, stage)
+    task = None if state else whole_stream(run, args)
     config = dataclasses.replace(picked(AncestryConfig, args), basis="chebyshev", init="block")
     torch.manual_seed(args.seed)
-    net = backbone(config, [args.ancestry_depth], 0)
+    net = backbone(config, [args.ancestry_depth], 0).to(device)
     theta_B = new_learngene(learngene_shapes(net), "block")
     theta_A = new_learngene(learngene_shapes(net), "delta")        # its authors': without gains
-    head = new_head(net.width, task.num_classes)
+    head = new_head(net.width, len(state["head.bias"]) if state else task.num_classes)
     genes = {1: theta_B, 2: theta_A}
-    net = ComposedNetwork(net.to(device), config, 2, genes, head, train_stem=True).to(device)
-    if not found(run, args, stage, net, task):
+    net = ComposedNetwork(net, config, 2, genes, head, train_stem=True).to(device)
+    if state:
+        load_weights(net, state, f"{args.ancestors}/{stage}.pt")
+    else:
         images = args.ancestry_epochs / 2 * len(task.labels["train"])
         identity = {**asdict(config), "depths": [args.ancestry_depth]}
         teacher = ancestor(run, args, args.size, task)
@@ -1061,19 +1099,16 @@ def tleg(run, args):
     return theta, dict(net.stem.named_parameters()), (1, 1), config
 
 
-def found(run, args, stage, net, task):
-    """Whether `net` has been trained already, in --ancestors or in this run; then it is filled."""
-    elsewhere = args.ancestors and not published(args)
-    path = Path(args.ancestors) / f"{stage}.pt" if elsewhere else run[stage]
-    if path.exists():
-        saved = load_checkpoint(path, stage=stage, task=task.name, content=task.fingerprint)
-        if saved["step"] == saved["steps"]:
-            load_weights(net, saved["model"], path)
-            return True
-    if elsewhere:
+def made_elsewhere(args, stage):
+    """The state of a network that --stage pretrain trained in --ancestors; None: make it here."""
+    if not args.ancestors or published(args):
+        return None
+    path = Path(args.ancestors) / f"{stage}.pt"
+    saved = load_checkpoint(path, stage=stage) if path.exists() else {"step": 0, "steps": 1}
+    if saved["step"] < saved["steps"]:
         raise InputError(f"no finished {path.name} in --ancestors {args.ancestors}; make it there "
                          f"by --stage pretrain --output {args.ancestors}")
-    return False
+    return saved["model"]
 
 
 @functools.lru_cache(1)
@@ -1090,48 +1125,50 @@ def whole_stream(run, args):
 def train_descendant(run, args, pool, task, depths, method, G, draw):
     """Trains and measures a descendant or baseline: Tables 1, 2 and 4, Figs. 3 and 4."""
     device, keeps = run.machine.device, args.constrained and G is not None
-    net = initialise(run, args, method, pool, depths, task.num_classes, G, task)
+    net, start = initialise(run, args, method, pool, depths, task.num_classes, G, task)
     k, N = (sum(G), len(pool)) if G else (0, 1)
     counts = parameter_counts(net, k, N, keeps)
     trained = constrained(net, pool, G) if keeps else net
-    label = method + (str(draw + 1) if method == "random" else "") + "-constrained" * keeps
-    about = description(args, pool, task, depths, method, G)
-    about |= {"draw": draw, "constrained": args.constrained, "genes": args.genes}
-    stage = further_training(
-        run, args, trained, task, label, about,
-        measure=lambda: accuracy(trained, task, "val", device, limit=500))
+    about = description(args, task, depths, method, G, draw, start)
+    stage = further_training(run, args, trained, task, about, measure=lambda: accuracy(
+        trained, task, "val", device, limit=500))
     result = accuracy(trained, task, args.split, device)
     if args.export and run.machine.rank == 0:
         export(run, args, net, trained, task, {**about, "accuracy": result})
-    print_result(run, about, label, f"{result:.2f} %")
+    print_result(run, about, f"{result:.2f} %")
     run.result("train", about, accuracy=result, curve=run.values(stage, "val"), **counts)
 
 
-def description(args, pool, task, depths, method, G):
+def description(args, task, depths, method, G, draw, start):
     """What a further training is of: the key of its line in the log."""
+    label = f"{method}{draw + 1}" if method == "random" else method
+    if args.constrained and G is not None:
+        label += "-constrained"
     return {
         "task": task.name, "content": task.fingerprint, "size": args.size, "depths": depths,
-        "method": method, "learngenes": learngenes_of(G), "pool": pool.hash if G else None,
+        "method": method, "draw": draw, "label": label, "learngenes": learngenes_of(G),
+        "genes": args.genes, "start": start, "seed": args.seed, "lr": args.train_lr,
         "images": args.train_images or args.train_epochs * len(task.labels["train"]),
-        "seed": args.seed, "lr": args.train_lr, "split": args.split}
+        "split": args.split, **common.identity(args, "descendants")}
 
 
-def further_training(run, args, net, task, label, about, measure=None):
+def further_training(run, args, net, task, about, measure=None):
     """Trains `net` on a task; returns the name of its checkpoint."""
     chosen = "+".join(map(str, about["learngenes"] or []))
-    parts = [args.stage, file_name(task.name), label, chosen, args.size,
-             ".".join(map(str, about["depths"])), f"{about['images']:g}"]
+    layers = ".".join(map(str, about["depths"]))
+    parts = [args.stage, file_name(task.name), about["label"], chosen, args.size, layers,
+             f"{about['images']:g}"]
     stage = "-".join(part for part in parts if part)
-    identity = {key: about[key] for key in ("learngenes", "pool")}
-    optimise(
-        run, args, stage, net, task, about["images"], args.train_lr, identity, measure=measure)
+    identity = {key: about[key] for key in ("learngenes", "start")}
+    identity |= common.identity(args, "descendants")
+    optimise(run, args, stage, net, task, about["images"], args.train_lr, identity, measure=measure)
     return stage
 
 
-def print_result(run, about, label, result):
+def print_result(run, about, result):
     layers = ".".join(map(str, about["depths"]))
     chosen = f" {about['learngenes']}" if about["learngenes"] else ""
-    run.print(f"{about['task']}, {about['size']} x {layers}, {label}{chosen}: {result} "
+    run.print(f"{about['task']}, {about['size']} x {layers}, {about['label']}{chosen}: {result} "
               f"after {about['images']:g} images ({about['split']})")
 
 
@@ -1230,15 +1267,15 @@ def evaluate_segmentation(net, task, split, window, stride):
     return mean_iou(confusion)
 
 
-def train_segmenter(run, args, pool, task, depths, method, G):
+def train_segmenter(run, args, pool, task, depths, method, G, draw):
     """Table 3: an encoder initialised by a method and a random decoder, trained together."""
-    encoder = initialise(run, args, method, pool, depths, 1, G, task)
+    encoder, start = initialise(run, args, method, pool, depths, 1, G, task)
     torch.manual_seed(args.seed)
     net = Segmenter(encoder.cpu(), task.num_classes, args.crop).to(run.machine.device)
-    about = {**description(args, pool, task, depths, method, G), "crop": args.crop}
-    further_training(run, args, net, task, f"{method}-{args.crop}", about)
+    about = description(args, task, depths, method, G, draw, start)
+    further_training(run, args, net, task, about)
     miou = evaluate_segmentation(net.eval(), task, args.split, args.crop, args.crop // 2)
-    print_result(run, about, method, f"mIoU {miou:.2f}")
+    print_result(run, about, f"mIoU {miou:.2f}")
     run.result("segment", about, miou=miou)
 
 
@@ -1280,8 +1317,8 @@ FLAGS = {
         ("--ancestry-depth", positive, (6, 12), "layers of the ancestry model (DeiT: 12)"),
     ],
     "learngenes": [
-        ("--basis", ["chebyshev", "printed"], "chebyshev",
-         "a(l, n): T_n-1, or T_n as Lin et al. 2024c print it"),
+        ("--basis", ["chebyshev", "legendre", "monomial", "printed"], "chebyshev",
+         "polynomials of a(l, n), as Lin et al. 2024c compare them; printed: their T_n"),
         ("--init", ["delta", "block", "zero"], "delta", f"how a new learngene starts; {SILENT}"),
         ("--init-scale", amount, 1.0, f"size of its matrices, but the first's; {SILENT}"),
         ("--gene-dropout", share, 0.7,
@@ -1291,7 +1328,7 @@ FLAGS = {
     "selection": [
         ("--reward-share", share, 0.1, "of the training images are looked at (Training Settings)"),
         ("--reward-head", REWARD_HEADS, "means",
-         f"p_y(x) of a task without head: class means, or a short training; {SILENT}"),
+         f"p_y(x) of a task without head: class means, ridge, or a short training; {SILENT}"),
         ("--lam", amount, 0.01, "lambda of Eq. (5) (Training Settings)"),
         ("--search", SEARCHES, "reinforce", "the second checks the first"),
         ("--genes", whole, 0, "learngenes to select (Fig. 4: 5), 0: as many as the reward likes"),
@@ -1304,10 +1341,10 @@ FLAGS = {
     ],
     "budget": [
         ("--ancestry-epochs", amount, (10.0, 300.0),
-         "of every dataset (Training Settings), and of the baselines' ancestor on all at once"),
+         "of every dataset (Training Settings; drawn: A5), and of the ancestor of baselines"),
     ],
 }
-DEFAULTS = {        # of shared flags
+DEFAULTS = {        # of shared flags; AdamW and its rates are DeiT's, the paper is silent (A14)
     "--output": "runs/adaptive",
     "--save-every": 500,
     "--batch-size": (64, 1024),
@@ -1368,7 +1405,11 @@ def check_settings(args):
     if args.stage == "ancestry" and not args.data:
         stream_names(args)
     if args.export:
-        check_export(args)
+        one = "," not in args.data + args.method and args.method != "random"
+        if args.stage != "train" or args.size in SWIN_SIZES or not one:
+            raise InputError("--export is for --stage train with one task, one --method (not "
+                             "random), and ViTs")
+        common.check_export(args.export, args.format, args.pooling)
 
 
 def check_method(args, method, depth):
@@ -1387,14 +1428,6 @@ def check_method(args, method, depth):
                          f"{args.ancestry_depth}; lower --depth or raise --ancestry-depth")
     if not args.ancestors:
         stream_origin(args)
-
-
-def check_export(args):
-    one = "," not in args.data + args.method and args.method != "random"
-    if args.stage != "train" or args.size in SWIN_SIZES or not one:
-        raise InputError("--export is for --stage train with one task, one --method (not random) "
-                         "and ViTs")
-    common.check_export(args.export, args.format, args.pooling)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1434,10 +1467,9 @@ def number_of(pool, task):
             return record["number"]
         if record["dataset"] == task.name:
             raise InputError(
-                f"{task.name} was learned as learngene {record['number']}, then with "
-                f"{len(record['class_names'])} classes and {record['counts']['train']} training "
-                f"images, and has changed: it has {task.num_classes} and "
-                f"{len(task.labels['train'])} now; a changed dataset needs another name")
+                f"{task.name} has changed since it was learned as learngene {record['number']}, "
+                f"from {record['counts']['train']} training images to {len(task.labels['train'])} "
+                "or to others; a changed dataset needs another name")
     return None
 
 
@@ -1496,8 +1528,11 @@ def pretrain(run, args):
 
 def selected(run, args, pool, task, depths):
     """TALS for a task: prints and logs what it saw, returns G."""
-    title = f"select {task.name}" if run.machine.rank == 0 else None
-    G, seen = search_selection(pool, task, depths, picked(TALS, args), title)
+    path = title = None
+    tals = picked(TALS, args)
+    if run.machine.rank == 0:
+        title, path = f"select {task.name}", rewards_file(run, pool, task, depths, tals)
+    G, seen = search_selection(pool, task, depths, tals, path, title)
     datasets = ", ".join(pool.records[n - 1]["dataset"] for n in seen["learngenes"])
     run.print(f"{task.name}: learngenes {seen['learngenes']} of {len(pool)} ({datasets}), reward "
               f"{seen['reward']:.4f}, accuracy of the reward head {seen['accuracy']:.1f} %, "
@@ -1514,6 +1549,14 @@ def selected(run, args, pool, task, depths):
         "seed": args.seed, **common.identity(args, "selection")}
     run.result("select", key, **seen)
     return G
+
+
+def rewards_file(run, pool, task, depths, tals):
+    """Where the rewards of a search are kept: a file for all that they depend on."""
+    run.own()
+    about = [pool.hash, task.fingerprint, depths, str(pool.device), asdict(tals)]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return run.dir / f"rewards-{digest[:16]}.jsonl"
 
 
 def select_stage(run, args):
@@ -1567,8 +1610,8 @@ def segment(run, args):
         if not task.segmentation:
             raise InputError(f"{task.name} has no masks; --stage segment takes tasks that have: "
                              "scenes, ade20k")
-        for method, G, _ in selections(run, args, pool, task, depths):
-            train_segmenter(run, args, pool, task, depths, method, G)
+        for method, G, draw in selections(run, args, pool, task, depths):
+            train_segmenter(run, args, pool, task, depths, method, G, draw)
 
 
 def main(argv=None):
