@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import tokenize
 from collections import Counter
 from pathlib import Path
@@ -27,7 +26,7 @@ import adaptive_learngene as al
 import common
 import data
 from common import ViT, ViTConfig
-from conftest import CPU, ROOT, assert_same_run, dying_script, finish, killed_in, log_of, refuses, snapshot
+from conftest import CPU, ROOT, assert_same_run, finish, killed_in, log_of, refuses, snapshot
 
 # Drawn tasks cut short, and networks of two layers with four patches: a whole run takes a second.
 SIZES = {"digits": (120, 60, 60), "kinds": (80, 40, 40), "pedestrian": (60, 30, 30), "scenes": (12, 4, 4)}
@@ -1883,55 +1882,66 @@ def test_a_log_is_that_of_an_undisturbed_run_wherever_it_was_stopped(call, cache
     assert stages == ["pool"] * 3 + ["alone"] + ["select", "train", "train"] * 2 + ["segment"]
 
 
-# Shortened tasks do not reach other processes, so these have the whole drawn digits.
+# Shortened tasks do not reach other processes, so these learn folders of images; what need not be another process is not.
 
-def outside(drawn, folder, *more):
-    return [*flags(drawn, folder, *more), "--ancestry-epochs", "0.17", "--train-epochs", "0.17", "--save-every", "4"]
+SCRIPT = ROOT / "adaptive_learngene.py"
 
 
-def test_killed_runs_end_as_if_never_stopped(drawn, tmp_path):
+@pytest.fixture
+def commands(tmp_path):
+    """(ancestry, train): flags of two learngenes, and of descendants, for a run in a folder."""
+    for number, name in enumerate(("one", "two", "three")):
+        write_images(tmp_path / name, ("ant", "bee", "cow"), 12, seed=number)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+
+    def build(folder, methods):
+        often = "--ancestry-epochs 8 --train-epochs 8 --save-every 4 --workers 1"
+        return (flags("data", tmp_path / folder, often, f"--data {one},{two}"),
+                flags("data", tmp_path / folder, often, f"--stage train --data {three} {methods}"))
+    return build
+
+
+def test_killed_runs_end_as_if_never_stopped(commands, tmp_path):
     """SIGKILL in the middle of learngene 2, while its file gets its name, and in the training of a descendant, each time
     between two checkpoints: bitwise the same networks, the same pool, the same log."""
-    script, log = ROOT / "adaptive_learngene.py", tmp_path / "out"
-    commands = [("--data", ",".join(STREAM[:2])), ("--stage train --method all --constrained --data", STREAM[2])]
-    for command in commands:
-        finish(outside(drawn, tmp_path / "whole", *command), log, script=script)
-    parts = tmp_path / "parts"
-    learn, train = (outside(drawn, parts, *command) for command in commands)
-    (stage,) = [f.stem for f in (tmp_path / "whole").glob("train-*.pt")]
+    log, parts, whole = tmp_path / "out", tmp_path / "parts", tmp_path / "whole"
+    for argv in commands("whole", "--method all --constrained"):
+        al.main(argv)
+    learn, train = commands("parts", "--method all --constrained")
+    (stage,) = [f.stem for f in whole.glob("train-*.pt")]
     killed_in("ancestry-02", 7, learn, log, "adaptive_learngene")
     assert len(records_of(parts / "pool")) == 1 and log_of(parts, "ancestry-02")[-1]["step"] == 4
     killed_in("learngene-02", -1, learn, log, "adaptive_learngene")
     assert len(records_of(parts / "pool")) == 1
-    finish(learn, log, script=script)
-    killed_in(stage, 11, train, log, "adaptive_learngene")
-    finish(train, log, script=script)
+    al.main(learn)
+    killed_in(stage, 7, train, log, "adaptive_learngene")
+    al.main(train)
     for name in ("ancestry-01", "ancestry-02", stage):
-        assert_same_run(parts, tmp_path / "whole", name)
-    assert without_speed(parts) == without_speed(tmp_path / "whole")
-    hashes = [[r["hash"] for r in records_of(folder / "pool")] for folder in (parts, tmp_path / "whole")]
-    assert hashes[0] == hashes[1]
-    assert not list(tmp_path.rglob("*.tmp"))
+        assert_same_run(parts, whole, name)
+    assert without_speed(parts) == without_speed(whole)
+    hashes = [[r["hash"] for r in records_of(folder / "pool")] for folder in (parts, whole)]
+    assert hashes[0] == hashes[1] and not list(tmp_path.rglob("*.tmp"))
 
 
-def test_two_processes_learn_what_one_does(drawn, tmp_path):
+def test_two_processes_learn_what_one_does(commands, tmp_path):
     """torchrun: the same global batch, so the same losses (1e-5), the same learngenes up to rounding, the same selection."""
-    script, log = ROOT / "adaptive_learngene.py", tmp_path / "out"
-    for command in (("--data", ",".join(STREAM[:2])), ("--stage train --method adaptive,scratch --data", STREAM[2])):
-        finish(outside(drawn, tmp_path / "one", *command), log, script=script)
-        finish(outside(drawn, tmp_path / "two", *command), log, script=script, processes=2)
-    stages = ["ancestry-01", "ancestry-02", *(f.stem for f in (tmp_path / "one").glob("train-*.pt"))]
+    for argv in commands("one-process", "--method adaptive,scratch"):
+        al.main(argv)
+    for argv in commands("two-processes", "--method adaptive,scratch"):
+        finish(argv, tmp_path / "out", script=SCRIPT, processes=2)
+    first, second = tmp_path / "one-process", tmp_path / "two-processes"
+    stages = ["ancestry-01", "ancestry-02", *(f.stem for f in first.glob("train-*.pt"))]
     assert len(stages) == 4
     for stage in stages:
-        one, two = ([r for r in log_of(tmp_path / folder, stage) if "loss" in r] for folder in ("one", "two"))
-        assert len(one) == len(two) >= 4
+        one, two = ([r for r in log_of(folder, stage) if "loss" in r] for folder in (first, second))
+        assert len(one) == len(two) >= 3
         for a, b in zip(one, two):
-            assert (a["loss"], a["lr"], a["images"]) == pytest.approx((b["loss"], b["lr"], b["images"]), abs=1e-5), (stage, a, b)
-    for a, b in zip(records_of(tmp_path / "one" / "pool"), records_of(tmp_path / "two" / "pool")):
+            assert (a["loss"], a["lr"], a["images"]) == pytest.approx((b["loss"], b["lr"], b["images"]), abs=1e-5), stage
+    for a, b in zip(records_of(first / "pool"), records_of(second / "pool")):
         assert all((a["gene"][n] - b["gene"][n]).abs().max() < 1e-4 for n in a["gene"]) and a["dataset"] == b["dataset"]
-    one, two = ([r["learngenes"] for r in log_of(tmp_path / folder, "train")] for folder in ("one", "two"))
+    one, two = ([r["learngenes"] for r in log_of(folder, "train")] for folder in (first, second))
     assert one == two and one[0] and one[1] is None
-    assert [r["kept"] for r in log_of(tmp_path / "two", "pool")] == [0, 1]                # and written by one process only
+    assert [r["kept"] for r in log_of(second, "pool")] == [0, 1]                          # and written by one process only
 
 
 # ----------------------------------------------------------------------------------------------------------
