@@ -103,7 +103,7 @@ def pairs(first, second):
 def printed(table, rows=None, columns=None, mean=False, stands_for=False, corner="drawn data", digits=1):
     """The table as the paper prints it, the paper's own numbers in brackets.
 
-    The parts of a row's name are columns of their own. mean: one more column; stands_for: drawn tasks' columns
+    The parts of a row's name are columns of their own. mean: one more; stands_for: drawn tasks' columns
     name the real datasets, too."""
     rows, columns = rows or table.rows(), columns or table.columns()
     parts = 1 + max((row.count(", ") for row in rows), default=0)
