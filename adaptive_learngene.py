@@ -1147,7 +1147,8 @@ def description(args, task, depths, method, G, draw, start):
     return {
         "task": task.name, "content": task.fingerprint, "size": args.size, "depths": depths,
         "method": method, "draw": draw, "label": label, "learngenes": learngenes_of(G),
-        "genes": args.genes, "start": start, "seed": args.seed, "lr": args.train_lr,
+        "genes": args.genes, "start": start, "pool": start if method in OURS else None,
+        "seed": args.seed, "lr": args.train_lr,
         "images": args.train_images or args.train_epochs * len(task.labels["train"]),
         "split": args.split, **common.identity(args, "descendants")}
 
