@@ -1198,7 +1198,7 @@ def train_hypernet(run, stage, args, hypernet, tasks, embeddings, objective, epo
         hypernet.optimizer_groups(args.lr, args.lr_basis, args.weight_decay), steps,
         hypernet_identity(args, stage, objective.ancestry, tasks),
         extra={"hypernet": asdict(hypernet.config), "embeddings": embeddings,
-               "classes": {task.name: task.num_classes for task in tasks}})
+               "tasks": described(tasks)})
     unknown = [task.name for task in tasks if objective.soft and not objective.ancestry.knows(task)]
     if unknown:
         run.print(f"the ancestry has no head for the classes of {', '.join(unknown)}: hard labels")
@@ -1223,6 +1223,11 @@ def train_hypernet(run, stage, args, hypernet, tasks, embeddings, objective, epo
             config = asked_architecture(args)
             logged |= val_accuracies(hypernet, config, tasks, embeddings, machine.device)
         job.update(loss, **logged)
+
+
+def described(tasks):
+    """{name: (number of classes, fingerprint of the content)}: what a TAL was trained on."""
+    return {task.name: (task.num_classes, task.fingerprint) for task in tasks}
 
 
 @torch.no_grad()
@@ -1262,14 +1267,15 @@ class TAL:
 
     hypernet: made ready, in place, for sizes that it was not trained on (D19)
     ancestry: or None, where nothing asks for it (LoGAH, GHN-3) or its file is gone
-    embeddings: {name of a tuned task: I (t,)};  classes: {name of a trained task: their number}
+    embeddings: {name of a tuned task: I (t,)}
+    tasks: {name of a trained task: (number of its classes, fingerprint of its content)}
     trained: the Settings that it was trained with
     """
-    def __init__(self, hypernet, ancestry, embeddings, classes, trained):
+    def __init__(self, hypernet, ancestry, embeddings, tasks, trained):
         self.hypernet = hypernet.requires_grad_(False)
         self.ancestry = ancestry
         self.embeddings = embeddings
-        self.classes = classes
+        self.tasks = tasks
         self.trained = trained
         self.device = next(hypernet.parameters()).device
         if isinstance(hypernet.decoder, LowRankDecoder):
@@ -1311,7 +1317,7 @@ class TAL:
         if isinstance(task, data.Task):
             config = replace(config, num_classes=task.num_classes)
         elif task is not None:
-            config = replace(config, num_classes=self.classes[task])
+            config = replace(config, num_classes=self.tasks[task][0])
         return self(network(config).to(self.device), task)
 
     def embedding(self, task):
@@ -1323,17 +1329,22 @@ class TAL:
         task = self.find_task(task)
         if task is None or not self.embeddings:              # LoGAH, GHN-3, or not tuned yet
             return None
-        name = task.name if isinstance(task, data.Task) else task
-        if name in self.embeddings:
-            return self.embeddings[name]
+        if not isinstance(task, data.Task):
+            return self.embeddings[task]
+        if self.knows(task):
+            return self.embeddings[task.name]
         if self.ancestry is None:
             raise InputError("a new task needs the ancestry of this TAL, whose file is gone; give "
                              "tal.load(..., ancestry=FILE)")
         return task_embedding(self.ancestry, task, self.device)
 
+    def knows(self, task):
+        """Whether it was trained on a data.Task of this name and content."""
+        return task.name in self.tasks and self.tasks[task.name][1] == task.fingerprint
+
     def find_task(self, task):
         """The name of a task that it was trained on, else a data.Task; None for None."""
-        if task is None or isinstance(task, data.Task) or task in self.classes:
+        if task is None or isinstance(task, data.Task) or task in self.tasks:
             return task
         name, trained = str(task), self.trained
         if trained.modality == "text":
@@ -1363,7 +1374,7 @@ def load(path, device="cpu", ancestry=None):
     for place in (ancestry, trained.ancestry, file.parent / "ancestry.pt"):
         if embeddings and teacher is None and place and (place == ancestry or Path(place).exists()):
             teacher = read_ancestry(place, input_shape(trained)).to(device)
-    return TAL(hypernet.to(device), teacher, embeddings, extra["classes"], trained)
+    return TAL(hypernet.to(device), teacher, embeddings, extra["tasks"], trained)
 
 
 def finished(path, **expected):
@@ -1771,8 +1782,7 @@ def obtain(run, args, stage):
         ancestry = obtain_ancestry(run, args)
     make = pretrain if stage == "pretrain" else tune
     hypernet, tasks, embeddings = make(run, args, ancestry)
-    classes = {task.name: task.num_classes for task in tasks}
-    return TAL(hypernet, ancestry, embeddings, classes, args)
+    return TAL(hypernet, ancestry, embeddings, described(tasks), args)
 
 
 def pretrain(run, args, ancestry):
@@ -1984,7 +1994,7 @@ def initial_network(args, config, task, source, device):
     if isinstance(source, TAL):
         head = copy.deepcopy(net.head.state_dict())
         source(net, task)
-        if task.name not in source.classes:                  # unseen: the head starts at random
+        if not source.knows(task):                           # unseen: the head starts at random
             net.head.load_state_dict(head)
     elif isinstance(source, Ancestry):
         initialise_from_ancestry(net, source, task, args.method)

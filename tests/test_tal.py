@@ -921,6 +921,17 @@ def test_customize_from_python(tuned, drawn, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(vit.parameters(), expected.parameters()))
 
 
+def test_a_tuned_task_is_known_by_its_content(tuned, drawn):
+    """Another task under the name of a tuned one gets an embedding of its own."""
+    model = tal.load(tuned)
+    digits = data.load("digits", str(drawn))
+    clothing = data.load("clothing", str(drawn))
+    impostor = replace(clothing, name="digits")
+    assert model.knows(digits) and torch.equal(model.embedding(digits), model.embeddings["digits"])
+    assert not model.knows(impostor)
+    assert torch.equal(model.embedding(impostor), tal.task_embedding(model.ancestry, clothing, "cpu"))
+
+
 def test_a_larger_head_is_kept_and_that_is_said(tuned, capsys):
     model = tal.load(tuned)
     net = torchvision.models.resnet18(num_classes=1000)
