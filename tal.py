@@ -747,8 +747,11 @@ class LowRankDecoder(nn.Module):
         nn.init.normal_(self.code.bias, std=rank ** -0.5)
         nn.init.zeros_(self.vector_code.bias)
 
-    def forward(self, h, batches):
-        """Node features (V, width) -> per batch of parameters a tensor (n, *shape)."""
+    def forward(self, h, batches, branches):
+        """Node features (V, width) -> per batch of parameters a tensor (n, *core), scaled.
+
+        branches: how many residual branches the network has, see `matrix_scale`.
+        """
         plan = self.plan(tuple(batches))
         z = self.mlp(h)
         decoded = {}
@@ -757,17 +760,26 @@ class LowRankDecoder(nn.Module):
         row_bases = plan.rows(self.row_basis)
         col_bases = plan.columns(self.col_basis)
         for batch, code, rows, columns in zip(plan.matrices, codes, row_bases, col_bases):
-            decoded[batch] = self.matrix(batch.role, code, rows, columns)
+            decoded[batch] = self.matrix(batch.role, code, rows, columns, branches)
         codes = self.vector_code(z)
         for batch, rows in zip(plan.vectors, plan.vector_rows(self.vector_basis)):
-            decoded[batch] = codes[batch.nodes] @ rows.T             # (n, out)
+            vector = codes[batch.nodes] @ rows.T                     # (n, out)
+            decoded[batch] = scaled(vector, batch.role, self.config.scale, branches)
         return [decoded[batch] for batch in batches]
 
-    def matrix(self, role, code, rows, columns):
-        """code (n, 2, r, r), rows (out * kh, r), columns (in * kw, r) -> (n, *core)."""
-        A = (rows * self.config.rank ** -0.5) @ code[:, 0]           # (n, out * kh, r)
-        B = columns @ code[:, 1]                                     # (n, in * kw, r)
-        W = A @ B.transpose(1, 2)                                    # (n, out * kh, in * kw)
+    def matrix(self, role, code, rows, columns, branches):
+        """code (n, 2, r, r), rows (out * kh, r), columns (in * kw, r) -> (n, *core), scaled."""
+        # A = rows C_0 / sqrt(r) and B = columns C_1, where all n parameters share rows and columns:
+        # W = A B^T = rows K columns^T with K = C_0 C_1^T / sqrt(r), which is one product less.
+        K = code[:, 0] @ code[:, 1].transpose(1, 2) * self.config.rank ** -0.5       # (n, r, r)
+        square = None
+        if self.config.scale == "rms":
+            square = mean_square(K, rows, columns)
+        K = K * matrix_scale(role, self.config.scale, branches, square)
+        if len(rows) < len(columns):
+            W = (rows @ K) @ columns.T                               # (n, out * kh, in * kw)
+        else:
+            W = rows @ (K @ columns.T)
         if len(role.core) == 2:
             return W
         out, inputs, kh, kw = role.core
@@ -840,6 +852,15 @@ class LowRankDecoder(nn.Module):
         quieten(self.vector_basis, vector_rows)
 
 
+def mean_square(K, rows, columns):
+    """That of all numbers in rows K columns^T, (n, 1, 1), without making the product.
+
+    Their sum of squares is the trace of (rows^T rows) K (columns^T columns) K^T.
+    """
+    total = ((rows.T @ rows) @ K @ (columns.T @ columns) * K).sum((1, 2), keepdim=True)
+    return total / (len(rows) * len(columns))
+
+
 def quieten(basis, trained):
     untrained = torch.ones(len(basis), dtype=torch.bool)
     untrained[torch.cat(trained)] = False
@@ -875,15 +896,19 @@ class TiledDecoder(nn.Module):
             nn.ReLU(), nn.Linear(4 * tile, 8 * tile), nn.ReLU(), nn.Linear(8 * tile, tile * tile))
         self.class_layer = nn.Linear(tile, config.classes)           # the head's rows
 
-    def forward(self, h, batches):
-        """Node features (V, width) -> per batch of parameters a tensor (n, *shape)."""
+    def forward(self, h, batches, branches):
+        """As LowRankDecoder.forward."""
         tiles = {}
         for kernel in {batch.role.core[2:] for batch in batches}:
             same = [batch for batch in batches if batch.role.core[2:] == kernel]
             nodes = torch.cat([batch.nodes for batch in same])
             made = self.tiles(h[nodes], kernel or (1, 1))
             tiles.update(zip(same, made.split([len(batch.nodes) for batch in same])))
-        return [self.repeated(tiles[batch], batch.role) for batch in batches]
+        decoded = []
+        for batch in batches:
+            W = self.repeated(tiles[batch], batch.role)
+            decoded.append(scaled(W, batch.role, self.config.scale, branches))
+        return decoded
 
     def tiles(self, h, kernel):
         """(n, width), (kh, kw) -> (n, kh * kw, t, t)."""
@@ -917,31 +942,38 @@ class TiledDecoder(nn.Module):
 
 
 def scaled(W, role, rule, branches):
-    """Scales decoded tensors W (n, *shape) to what a network expects at its start.
+    """Scales decoded tensors W (n, ...) to what a network expects at its start.
 
     The released code's rules: matrices times sqrt(2 / fan-in), norm weights 2 sigmoid(w / 2),
     biases tanh(0.2 w).
-    D8: rule "rms" sets the root mean square of a matrix to sqrt(1 / fan-in), and divides the last
-    matrix of a residual branch by the number of branches beyond 6, so that a deeper network takes
-    smaller steps. Position embeddings and class tokens start at 0.2 of what is decoded; at full
-    size they drown the patches and delay all learning.
     """
     if role.kind in ("ln", "bn"):
         return 2 * torch.sigmoid(W / 2)
     if role.kind == "bias":
         return torch.tanh(0.2 * W)
+    square = W.pow(2).mean(tuple(range(1, W.ndim)), keepdim=True)
+    return W * matrix_scale(role, rule, branches, square)
+
+
+def matrix_scale(role, rule, branches, square):
+    """The factor of `scaled` on matrices; square: the mean square of their numbers, for "rms".
+
+    D8: rule "rms" sets the root mean square of a matrix to sqrt(1 / fan-in), and divides the last
+    matrix of a residual branch by the number of branches beyond 6, so that a deeper network takes
+    smaller steps. Position embeddings and class tokens start at 0.2 of what is decoded; at full
+    size they drown the patches and delay all learning.
+    """
     if role.kind == "pos_enc":
-        return 0.2 * W
+        return 0.2
     fan_in = math.prod(role.shape[1:])
     if role.kind == "token":
         fan_in = 1                                           # a table is looked up, not multiplied
     if rule == "fan-in":
-        return W * (2 / fan_in) ** 0.5
+        return (2 / fan_in) ** 0.5
     scale = (1 / fan_in) ** 0.5
     if role.ends_branch:
         scale = scale * (6 / max(6, branches))
-    mean_square = W.pow(2).mean(tuple(range(1, W.ndim)), keepdim=True)
-    return W * (scale * torch.rsqrt(mean_square + 1e-8))
+    return scale * torch.rsqrt(square + 1e-8)
 
 
 class Hypernet(nn.Module):
@@ -968,9 +1000,8 @@ class Hypernet(nn.Module):
             batches = tuple(batch for batch in batches if not batch.role.is_head)
         h = self.learngene(graph, I)                                 # (V, width)
         weights = {}
-        for batch, W in zip(batches, self.decoder(h, batches)):
+        for batch, W in zip(batches, self.decoder(h, batches, len(graph.joins))):
             W = W.reshape(-1, *batch.role.shape)
-            W = scaled(W, batch.role, self.config.scale, len(graph.joins))
             weights.update(zip(batch.names, W.unbind(0)))
         return weights
 

@@ -475,24 +475,26 @@ def test_number_of_heads_changes_the_prediction():
 # ------------------------------------------------------------------------------------------------------------
 
 def test_low_rank_decoder_by_explicit_sums():
-    """W[o, i, y, x] = sum_k A[o + y channels, k] B[i + x channels, k] / sqrt(r), summed one by one."""
+    """W[o, i, y, x] = sum_k A[o + y channels, k] B[i + x channels, k] / sqrt(r), summed one by one, times
+    sqrt(2 / fan-in); of a bias tanh(0.2 w)."""
     torch.manual_seed(0)
     r, channels = 3, 8
     decoder = tal.LowRankDecoder(HypernetConfig(
-        width=16, rank=r, channels=channels, kernels=2, classes=6, mlp=(12, 10))).double()
+        width=16, rank=r, channels=channels, kernels=2, classes=6, mlp=(12, 10), scale="fan-in")).double()
     h = torch.randn(4, 16, dtype=torch.float64)
     roles = [Role((5, 7), "conv", is_head=True), Role((4, 7), "conv"), Role((12, 4), "conv", parts=3),
              Role((4, 3, 2, 2), "conv"), Role((4,), "bias")]
     nodes = [0, 1, 2, 3, 1]
     batches = [ParameterBatch(role, ["a"], torch.tensor([node])) for role, node in zip(roles, nodes)]
-    head_w, plain_w, qkv_w, kernel_w, vector_w = (w[0] for w in decoder(h, batches))
+    head_w, plain_w, qkv_w, kernel_w, vector_w = (w[0] for w in decoder(h, batches, 1))
     row_basis, col_basis = decoder.row_basis.tolist(), decoder.col_basis.tolist()
 
     def entry(node, row, column):
         code = decoder.code(decoder.mlp(h[node])).view(2, r, r).tolist()
         A = [sum(row_basis[row][i] * code[0][i][k] for i in range(r)) for k in range(r)]
         B = [sum(col_basis[column][i] * code[1][i][k] for i in range(r)) for k in range(r)]
-        return sum(a * b for a, b in zip(A, B)) / math.sqrt(r)
+        fan_in = math.prod(roles[node].shape[1:])
+        return sum(a * b for a, b in zip(A, B)) / math.sqrt(r) * math.sqrt(2 / fan_in)
 
     for o, i in itertools.product(range(4), range(7)):
         assert plain_w[o, i].item() == pytest.approx(entry(1, o, i), rel=1e-9)
@@ -507,7 +509,37 @@ def test_low_rank_decoder_by_explicit_sums():
     code = decoder.vector_code(decoder.mlp(h[1])).tolist()
     for o in range(4):
         basis = decoder.vector_basis[o].tolist()
-        assert vector_w[o].item() == pytest.approx(sum(c * b for c, b in zip(code, basis)))
+        w = sum(c * b for c, b in zip(code, basis))
+        assert vector_w[o].item() == pytest.approx(math.tanh(0.2 * w))
+
+
+@pytest.mark.parametrize("name, width", [("drawn", 48), ("paper", 384)])
+def test_the_shorter_product_is_that_of_a_and_b(name, width):
+    """W = A B^T, scaled afterwards, and all its gradients, under the paper's rule and D8's."""
+    torch.manual_seed(0)
+    roles = [Role((3 * width, width), "conv", parts=3), Role((width, 4 * width), "conv", ends_branch=True),
+             Role((width, 3, 8, 8), "conv"), Role((1, 16, width), "pos_enc"),
+             Role((10, width), "conv", is_head=True)]
+    batches = [ParameterBatch(role, ["W"], torch.tensor([0, 1])) for role in roles]
+    for rule in ("fan-in", "rms"):
+        decoder = tal.LowRankDecoder(replace(tal.HYPERNETS[name], scale=rule)).double()
+        h = torch.randn(2, decoder.config.width, dtype=torch.float64)
+        r, plain = decoder.config.rank, []
+        C = decoder.code(decoder.mlp(h)).view(2, 2, r, r)
+        for role in roles:
+            A = decoder.row_basis[decoder.basis_rows(role)] @ C[:, 0] / r ** 0.5
+            B = decoder.col_basis[decoder.basis_columns(role)] @ C[:, 1]
+            plain.append(tal.scaled(A @ B.transpose(1, 2), role, rule, branches=8))
+        shorter = decoder(h, batches, 8)
+        weights = list(decoder.parameters())
+        for W, V in zip(shorter, plain):
+            if W.ndim == 5:                                  # (n, out, in, kh, kw) -> (n, out * kh, in * kw)
+                W = W.transpose(2, 3).reshape(V.shape)
+            torch.testing.assert_close(W, V)
+            probe = torch.randn_like(V)
+            both = [torch.autograd.grad((X * probe).sum(), weights, retain_graph=True, allow_unused=True)
+                    for X in (W, V)]
+            torch.testing.assert_close(*both)
 
 
 def test_predicted_matrices_have_rank_r():
@@ -524,15 +556,17 @@ def test_queries_keys_and_values_sit_at_fixed_places():
 
     def decoded(decoder, *roles):
         batches = [ParameterBatch(role, ["W"], torch.tensor([0])) for role in roles]
-        return [w[0] for w in decoder(h, batches)]
+        decoded = [w[0] for w in decoder(h, batches, 1)]
+        return [w * math.prod(role.shape[1:]) ** 0.5 for w, role in zip(decoded, roles)]     # unscaled
+    low_rank, tiled = small_hypernet(scale="fan-in").decoder, small_hypernet("tiled", scale="fan-in").decoder
     narrow, wide, five, nine = decoded(
-        small_hypernet().decoder, Role((96, 32), "conv", parts=3), Role((144, 48), "conv", parts=3),
+        low_rank, Role((96, 32), "conv", parts=3), Role((144, 48), "conv", parts=3),
         Role((5, 32), "conv", is_head=True), Role((9, 48), "conv", is_head=True))
     for part in range(3):
         torch.testing.assert_close(narrow[part * 32:part * 32 + 32], wide[part * 48:part * 48 + 32, :32])
     assert not torch.equal(narrow[:32], narrow[32:64])
     torch.testing.assert_close(five, nine[:5, :32])
-    small, large = decoded(small_hypernet("tiled").decoder, Role((40, 32), "conv"), Role((96, 64), "conv"))
+    small, large = decoded(tiled, Role((40, 32), "conv"), Role((96, 64), "conv"))
     torch.testing.assert_close(small[..., 0], large[:40, :32, 0])
     torch.testing.assert_close(large[:32, :32], large[32:64, 32:])                     # tiles of 32, repeated
     parts = {batch.role.parts for batch in graph_of().batches() if "attn.qkv.weight" in batch.names[0]}
