@@ -144,7 +144,7 @@ def kill_when(now, argv, log, **how):
     try:
         while not now():
             assert process.poll() is None, Path(log).read_text()[-3000:]
-            time.sleep(0.001)
+            time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

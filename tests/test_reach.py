@@ -299,6 +299,7 @@ tal.main(sys.argv[1:])
 """
 
 
+@pytest.mark.full_size
 def test_paper_preset_takes_steps(tmp_path, capsys):
     """TAL+ under ViT-Base at 224 px, batch 8, for 12-Base, the largest student: a step of pretraining, the
     nine embeddings, a step of tuning. ImageNet and the nine domains have four training images each."""
@@ -340,6 +341,7 @@ print(len(pool), task.num_classes, type(task).__name__)
 """
 
 
+@pytest.mark.full_size
 def test_the_tenth_learngene_of_deit_base(tmp_path, capsys):
     """DeiT-Base with ten learngenes at 224 px, batch 8, DeiT's recipe, a subset of two classes: one step."""
     folders(tmp_path / "imagenet", ("train", "val"), [f"n{k:08d}" for k in range(20)], each=4)
