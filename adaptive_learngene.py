@@ -193,19 +193,26 @@ class ComposedNetwork(nn.Module):
         for name, shape in learngene_shapes(net).items():
             self.a[name] = coefficients(len(self.layers[name]), N, config.basis).to(device)
             self.offset[name] = offset(name, shape, config.init)
+        self.base = {name: self.frozen_part(name) for name in self.layers}     # summed once
 
     def theta(self):
         """{name: (N, ...)} of the learngenes that train."""
         return stacked([dict(gene.named_parameters()) for gene in self.genes.values()])
 
+    def frozen_part(self, name, G=None):
+        """Of Theta (L, ...): the offset and the frozen learngenes, of which G (N',) take part."""
+        if not self.frozen:
+            return self.offset[name]
+        theta = self.frozen[name]
+        return self.offset[name] + compose(theta, self.a[name][:, :len(theta)], G)
+
     def weights(self, G=None):
-        """{parameter of the network: tensor}. G (N',): which frozen learngenes take part."""
+        """{parameter of the network: tensor}. G (N',): the frozen learngenes that take part; None
+        for all."""
         weights = dict(self.stem.named_parameters())
         for name, theta in self.theta().items():
-            a, Theta = self.a[name], self.offset[name]
-            if self.frozen:
-                Theta = Theta + compose(self.frozen[name], a[:, :len(G)], G)
-            Theta = Theta + compose(theta, a[:, self.columns])
+            base = self.base[name] if G is None else self.frozen_part(name, G)
+            Theta = base + compose(theta, self.a[name][:, self.columns])
             weights.update(zip(self.layers[name], Theta))
         return weights
 
@@ -348,11 +355,12 @@ def learn(run, args, pool, task):
 
     images = args.ancestry_epochs * len(task.labels["train"])
     steps = math.ceil(images / args.batch_size)
-    masks = gene_masks(steps, n - 1, args.gene_dropout, args.seed, n).to(device)
+    masks = gene_masks(steps, n - 1, args.gene_dropout, args.seed, n)
+    everyone, masks = masks.all(1).tolist(), masks.to(device)
     identity = common.identity(args, "learngenes") | asdict(config)
     identity |= {"depths": depths, "parent": pool.hash}
     optimise(run, args, f"ancestry-{n:02d}", model, task, images, args.lr, identity,
-             forward=lambda x, step: model(x, masks[step]))
+             forward=lambda x, step: model(x, None if everyone[step] else masks[step]))
     learned = {"gene": tensors_of(model.genes[str(n)]), "head": tensors_of(head),
                "stem": tensors_of(model.stem), "depths": depths, "seed": args.seed}
     pool.append(learned, task, write=run.machine.rank == 0)

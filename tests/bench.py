@@ -410,8 +410,9 @@ class Learngenes:
         gene = al.new_learngene(al.learngene_shapes(net), self.config.init, first=False)
         head = al.new_head(net.width, self.classes)
         model = al.ComposedNetwork(net, self.config, 10, {10: gene}, head, self.pool.theta(9)).to(device)
-        G = torch.ones(9, device=device)
+        G = None
         if not all_take_part:
+            G = torch.ones(9, device=device)
             G[::2] = 0
         return self.trainer(model, lambda x: model(x, G))
 

@@ -475,7 +475,9 @@ def test_a_zero_learngene_starts_as_the_network_was(cache, tmp_path):
     two.head = nn.Identity()
     gene = al.new_learngene(al.learngene_shapes(two), "zero", first=False)
     model = al.ComposedNetwork(two, pool.config, 2, {2: gene}, nn.Identity(), pool.theta(1))
-    (model(x, torch.ones(1)) * torch.randn(32)).sum().backward()
+    everyone, all_ones = model.weights(), model.weights(torch.ones(1))
+    assert all(torch.equal(everyone[name], all_ones[name]) for name in everyone)
+    (model(x) * torch.randn(32)).sum().backward()
     gradients = {name: p.grad for name, p in model.genes["2"].named_parameters()}
     assert gradients["0.mlp.fc2.weight"].norm() > 0 and gradients["0.attn.qkv.weight"].norm() > 0
 
