@@ -373,21 +373,48 @@ def test_networks_that_are_refused(net, words):
 
 FAMILIES = (
     "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s maxvit_t mnasnet0_5 mobilenet_v2 "
-    "mobilenet_v3_small resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_v2_t vgg11_bn wide_resnet50_2 "
-    "deeplabv3_resnet50 fcn_resnet50 lraspp_mobilenet_v3_large r3d_18 mc3_18 r2plus1d_18 s3d mvit_v1_b "
-    "mvit_v2_s swin3d_t").split()
+    "mobilenet_v3_small regnet_y_400mf resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_v2_t vgg11_bn "
+    "wide_resnet50_2 deeplabv3_resnet50 fcn_resnet50 lraspp_mobilenet_v3_large r3d_18 mc3_18 r2plus1d_18 s3d "
+    "mvit_v1_b mvit_v2_s swin3d_t").split()
+MODULES = (torchvision.models, torchvision.models.segmentation, torchvision.models.video)
+EVERY = [name for module in MODULES for name in torchvision.models.list_models(module=module)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_shapes_of_torchvision(name):
-    """One of each family of classifiers, segmentation and video networks, without storage."""
+def without_storage(name, monkeypatch):
+    """One of torchvision's networks on the meta device, without what it has for training alone."""
+    blocks = torchvision.models.regnet.BlockParams
+    count_blocks = blocks.from_init_params                   # it computes with tensors that need storage
+
+    def on_the_cpu(*args, **kwargs):
+        with torch.device("cpu"):
+            return count_blocks(*args, **kwargs)
+    monkeypatch.setattr(blocks, "from_init_params", on_the_cpu)
+    more = {}
+    if name.startswith(("deeplab", "fcn", "lraspp")):
+        more = {"weights_backbone": None}
+    elif name in ("googlenet", "inception_v3"):
+        more = {"aux_logits": False, "init_weights": False}
     with torch.device("meta"):
-        segments = name.startswith(("deeplab", "fcn", "lraspp"))
-        more = {"weights_backbone": None} if segments else {}
-        net = torchvision.models.get_model(name, weights=None, **more).eval()
+        return torchvision.models.get_model(name, weights=None, **more).eval()
+
+
+def check_predicted_shapes(net):
+    with torch.device("meta"):
         hypernet = tal.Hypernet(replace(tal.HYPERNETS["tiny"], channels=2048, kernels=16, classes=1000))
     weights = hypernet.predict(encode_graph(net).to("meta"))
     assert {n: w.shape for n, w in weights.items()} == {n: p.shape for n, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_of_torchvision(name, monkeypatch):
+    """One of each family of classifiers, segmentation and video networks, without storage."""
+    check_predicted_shapes(without_storage(name, monkeypatch))
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("name", EVERY)
+def test_every_network_of_torchvision(name, monkeypatch):
+    check_predicted_shapes(without_storage(name, monkeypatch))
 
 
 def test_size_features_interpolate_on_a_log_scale():
