@@ -703,11 +703,14 @@ def check_writable(folder):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Turns what may go wrong when a file is written, a full disk above all, into one sentence."""
+def writing(path, passed=()):
+    """Turns what may go wrong when a file is written, a full disk above all, into one sentence.
+
+    passed: kinds of errors that stay as they are.
+    """
     try:
         yield
-    except FileExistsError:
+    except passed:
         raise
     except (OSError, RuntimeError) as error:                        # torch.save: RuntimeError on a full disk
         reason = getattr(error, "strerror", None) or "the disk may be full"
@@ -753,10 +756,11 @@ def write_atomically(path, write, exclusive=False):
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
-            if exclusive:
-                os.link(temporary, path)
-            else:
+            if not exclusive:
                 os.replace(temporary, path)
+        if exclusive:
+            with writing(path, passed=FileExistsError):
+                os.link(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

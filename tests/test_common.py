@@ -615,6 +615,8 @@ def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
     assert snapshot(tmp_path) == {"a.txt": b"new"}
     write_atomically(tmp_path / "b.txt", lambda temporary: temporary.write_text("b"), exclusive=True)
     assert snapshot(tmp_path) == {"a.txt": b"new", "b.txt": b"b"}
+    with refuses("c.txt cannot be written"):                 # a file stands where a folder should be
+        write_atomically(tmp_path / "a.txt/c.txt", lambda temporary: temporary.write_text("c"))
 
 
 def test_file_names_keep_tasks_apart():
