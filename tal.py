@@ -750,7 +750,7 @@ class LowRankDecoder(nn.Module):
     def forward(self, h, batches, branches):
         """Node features (V, width) -> per batch of parameters a tensor (n, *core), scaled.
 
-        branches: how many residual branches the network has, see `matrix_scale`.
+        branches: how many residual branches the network has, see `rms_scaled`.
         """
         plan = self.plan(tuple(batches))
         z = self.mlp(h)
@@ -772,14 +772,15 @@ class LowRankDecoder(nn.Module):
         # A = rows C_0 / sqrt(r) and B = columns C_1, where all n parameters share rows and columns:
         # W = A B^T = rows K columns^T with K = C_0 C_1^T / sqrt(r), which is one product less.
         K = code[:, 0] @ code[:, 1].transpose(1, 2) * self.config.rank ** -0.5       # (n, r, r)
-        square = None
-        if self.config.scale == "rms":
-            square = mean_square(K, rows, columns)
-        K = K * matrix_scale(role, self.config.scale, branches, square)
+        scale = constant_scale(role, self.config.scale)
+        if scale is not None:
+            K = K * scale                                            # of fewer numbers than W has
         if len(rows) < len(columns):
             W = (rows @ K) @ columns.T                               # (n, out * kh, in * kw)
         else:
             W = rows @ (K @ columns.T)
+        if scale is None:
+            W = rms_scaled(W, role, branches)
         if len(role.core) == 2:
             return W
         out, inputs, kh, kw = role.core
@@ -850,15 +851,6 @@ class LowRankDecoder(nn.Module):
         quieten(self.row_basis, rows)
         quieten(self.col_basis, columns)
         quieten(self.vector_basis, vector_rows)
-
-
-def mean_square(K, rows, columns):
-    """That of all numbers in rows K columns^T, (n, 1, 1), without making the product.
-
-    Their sum of squares is the trace of (rows^T rows) K (columns^T columns) K^T.
-    """
-    total = ((rows.T @ rows) @ K @ (columns.T @ columns) * K).sum((1, 2), keepdim=True)
-    return total / (len(rows) * len(columns))
 
 
 def quieten(basis, trained):
@@ -945,35 +937,40 @@ def scaled(W, role, rule, branches):
     """Scales decoded tensors W (n, ...) to what a network expects at its start.
 
     The released code's rules: matrices times sqrt(2 / fan-in), norm weights 2 sigmoid(w / 2),
-    biases tanh(0.2 w).
+    biases tanh(0.2 w). D8: rule "rms" has another rule for matrices, see `rms_scaled`.
     """
     if role.kind in ("ln", "bn"):
         return 2 * torch.sigmoid(W / 2)
     if role.kind == "bias":
         return torch.tanh(0.2 * W)
-    square = W.pow(2).mean(tuple(range(1, W.ndim)), keepdim=True)
-    return W * matrix_scale(role, rule, branches, square)
+    scale = constant_scale(role, rule)
+    return rms_scaled(W, role, branches) if scale is None else W * scale
 
 
-def matrix_scale(role, rule, branches, square):
-    """The factor of `scaled` on matrices; square: the mean square of their numbers, for "rms".
+def constant_scale(role, rule):
+    """The factor of matrices that does not depend on them; None if it does (D8: "rms").
 
-    D8: rule "rms" sets the root mean square of a matrix to sqrt(1 / fan-in), and divides the last
-    matrix of a residual branch by the number of branches beyond 6, so that a deeper network takes
-    smaller steps. Position embeddings and class tokens start at 0.2 of what is decoded; at full
-    size they drown the patches and delay all learning.
+    D8: position embeddings and class tokens start at 0.2 of what is decoded; at full size they
+    drown the patches and delay all learning.
     """
     if role.kind == "pos_enc":
         return 0.2
-    fan_in = math.prod(role.shape[1:])
-    if role.kind == "token":
-        fan_in = 1                                           # a table is looked up, not multiplied
-    if rule == "fan-in":
-        return (2 / fan_in) ** 0.5
-    scale = (1 / fan_in) ** 0.5
+    return (2 / fan_in(role)) ** 0.5 if rule == "fan-in" else None
+
+
+def fan_in(role):
+    return 1 if role.kind == "token" else math.prod(role.shape[1:])    # a table is looked up
+
+
+def rms_scaled(W, role, branches):
+    """D8: sets the root mean square of a matrix to sqrt(1 / fan-in), and divides the last matrix
+    of a residual branch by the number of branches beyond 6, so that a deeper network takes smaller
+    steps."""
+    scale = (1 / fan_in(role)) ** 0.5
     if role.ends_branch:
         scale = scale * (6 / max(6, branches))
-    return scale * torch.rsqrt(square + 1e-8)
+    mean_square = W.pow(2).mean(tuple(range(1, W.ndim)), keepdim=True)
+    return W * (scale * torch.rsqrt(mean_square + 1e-8))
 
 
 class Hypernet(nn.Module):
