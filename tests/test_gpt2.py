@@ -179,7 +179,7 @@ def test_same_as_transformers(tmp_path):
     torch.testing.assert_close(theirs(padded(TEXTS)).logits, net(padded(TEXTS)), atol=1e-4, rtol=1e-4)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**about)).eval()
     torch.save(theirs.state_dict(), tmp_path / "lm.bin")
-    (tmp_path / "lm.json").write_text('{"heads": 4}')
+    (tmp_path / "lm.bin.json").write_text('{"heads": 4}')
     ours, ids = load_gpt2(tmp_path / "lm.bin", **QUIET)[0], torch.tensor([TEXTS[2]])
     torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-4, rtol=1e-4)
 
