@@ -1236,7 +1236,7 @@ def train_hypernet(run, stage, args, hypernet, tasks, embeddings, objective, epo
         I = embeddings.get(task.name)
         x, y = task.batch(
             "train", visit, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
-        rng = random.Random(f"{args.seed} {stage} {step} 0")
+        rng = random.Random(f"{args.seed} {stage} {step} 0")         # 0: all processes draw alike
         losses, losses_cls, losses_aux = [], [], []
         for config in rng.sample(archs, args.meta_batch):
             loss, cls, aux = tal_step(hypernet, config, task, x, y, I, objective, machine)
