@@ -1960,7 +1960,7 @@ def parse(argv):
 # A number per image has shape (n, 1, 1), a field of numbers per pixel (n, S, S), a colour (n, 3, 1, 1); y
 # points down.
 
-DRAWN_VERSION = 1                   # part of the cache's file names: raise it when any drawing changes
+DRAWN_VERSION = 2                   # part of the cache's file names: raise it when any drawing changes
 CHUNK = 125                         # images drawn at a time from one random stream; they fit a core's cache
 f4 = np.float32
 
@@ -2198,9 +2198,11 @@ def ink(u, v, segments):
 
 # base, wide, kinds, variety, tail: filled shapes. A class is (shape, fill, palette).
 FILLS = ("plain", "striped", "checked", "dotted")
-PALETTES = ("warm", "cool")
+PALETTES = {                        # range of hues, in turns
+    "warm": (-0.06, 0.16), "cool": (0.44, 0.72),
+    "red": (-0.06, 0.1), "green": (0.2, 0.38), "blue": (0.48, 0.66), "violet": (0.74, 0.9)}
 BASE_CLASSES = [(s, t, p) for s in (0, 3, 4, 5) for t in range(4) for p in (0, 1)]
-WIDE_CLASSES = [(s, t, p) for s in range(10) for t in range(4) for p in (0, 1)]
+WIDE_CLASSES = [(s, t, p) for s in range(10) for t in range(4) for p in (2, 3, 4, 5)]
 KINDS_CLASSES = [(s, 0, p) for s in range(10, 15) for p in (0, 1)]
 VARIETY_CLASSES = [(s, t, p) for s in range(10, 18) for t in (0, 2) for p in (0, 1)]
 TAIL_CLASSES = [(s, t, p) for s in range(12, 18) for t in (1, 3) for p in (0, 1)]
@@ -2219,7 +2221,9 @@ def tail_pattern():
 def draw_things(c, labels, classes, bright, strong):
     shape, fill, palette = (per_image(t) for t in np.array(classes)[labels].T)
     near, far = contrast(c, 0.4, bright)
-    hue = either(palette == 0, c.uniform(-0.06, 0.16), c.uniform(0.44, 0.72))
+    low, high = np.array(list(PALETTES.values()))[palette[:, 0, 0].astype(int)].T
+    place = either(palette % 2 == 0, c.uniform(0, 1), c.uniform(0, 1))
+    hue = place * per_image((high - low).astype(f4)) + per_image(low.astype(f4))
     ground = c.uniform(0, 1)
     c.background(hsv(ground, c.uniform(0.1, 0.6), far), hsv(ground, 0.4, far * 0.85))
     pose = c.pose(0.08, 0.18, (0.8, 0.95))
@@ -2249,7 +2253,8 @@ def fill_pattern(u, v, fill, edge):
 def things(classes, bright=0.7, strong=(0.45, 0.85)):
     """(how to draw, class names) of a task of filled shapes."""
     draw = functools.partial(draw_things, classes=classes, bright=bright, strong=strong)
-    return draw, [f"{PALETTES[p]} {FILLS[t]} {SHAPE_NAMES[s]}" for s, t, p in classes]
+    palettes = list(PALETTES)
+    return draw, [f"{palettes[p]} {FILLS[t]} {SHAPE_NAMES[s]}" for s, t, p in classes]
 
 
 # scenes: a class for every pixel
@@ -2746,7 +2751,7 @@ SPECS = {
     "faces": Drawing("FER2013 (unseen)", draw_faces, list(EXPRESSIONS), (4000, 500, 1000)),
     "lesions": Drawing("HAM10000 (unseen; train skewed)", draw_lesions, list(LESIONS), (6000, 500, 1000),
                        LESION_PATTERN),
-    "wide": Drawing("a broad base, streamed in subsets", *things(WIDE_CLASSES), (40000, 2000, 4000)),
+    "wide": Drawing("a broad base, streamed in subsets", *things(WIDE_CLASSES), (80000, 4000, 8000)),
     # Pale: plain things in strong colours give themselves away to a linear model (97 %), dark or bright.
     "kinds": Drawing("CIFAR-10 (near: new shapes)", *things(KINDS_CLASSES, 0.5, (0.15, 0.4)),
                      (2000, 500, 1000)),
