@@ -2163,8 +2163,43 @@ NEW_SHAPES = {                      # of the near tasks: none of them is in base
                                  box(u, v, -0.8, -0.27, -0.8, 0.8)),
     "dumbbell": lambda u, v: union(length(abs(u) - 0.55, v) - 0.38, box(u, v, -0.55, 0.55, -0.17, 0.17)),
 }
-ALL_SHAPES = [*SHAPES.values(), *NEW_SHAPES.values()]
-SHAPE_NAMES = [*SHAPES, *NEW_SHAPES]
+MORE_SHAPES = {                     # of wide alone: families of similar shapes, as ImageNet has kinds of dogs
+    "pentagon": lambda u, v: polygon(u, v, 5, 0.64, 0.05),
+    "hexagon": lambda u, v: polygon(u, v, 6, 0.66),
+    "octagon": lambda u, v: polygon(u, v, 8, 0.7),
+    "bar": lambda u, v: box(u, v, -0.85, 0.85, -0.4, 0.4),
+    "pillar": lambda u, v: box(u, v, -0.4, 0.4, -0.85, 0.85),
+    "diamond": lambda u, v: (abs(u) + abs(v)) * 0.707 - 0.6,
+    "oval": lambda u, v: (length(u * 1.1, v * 1.9) - 0.95) * 0.6,
+    "egg": lambda u, v: (length(u * 1.9, v * 1.1) - 0.95) * 0.6,
+    "star of four": lambda u, v: star(u, v, 4, 0.95, 0.3),
+    "star of six": lambda u, v: star(u, v, 6, 0.92, 0.5),
+    "star of seven": lambda u, v: star(u, v, 7, 0.92, 0.55),
+    "thin ring": lambda u, v: abs(length(u, v) - 0.66) - 0.13,
+    "frame": lambda u, v: abs(np.maximum(abs(u), abs(v)) - 0.56) - 0.16,
+    "open triangle": lambda u, v: abs(polygon(u, v - 0.15, 3, 0.38, 0.25)) - 0.13,
+    "funnel": lambda u, v: polygon(u, -v - 0.15, 3, 0.5, 0.25),
+    "wedge": lambda u, v: np.maximum((u - v) * 0.707, np.maximum(-u - 0.65, v - 0.65)),
+    "thin cross": lambda u, v: np.maximum(np.minimum(abs(u), abs(v)) - 0.14,
+                                          np.maximum(abs(u), abs(v)) - 0.85),
+    "saltire": lambda u, v: SHAPES["cross"]((u + v) * 0.707, (u - v) * 0.707),
+    "moon to the left": lambda u, v: SHAPES["moon"](-u, v),
+    "moon upwards": lambda u, v: SHAPES["moon"](v, u),
+    "arrow to the left": lambda u, v: SHAPES["arrow"](-u, v),
+    "arrow upwards": lambda u, v: SHAPES["arrow"](-v, u),
+    "arrow downwards": lambda u, v: SHAPES["arrow"](v, u),
+    "bow tie": lambda u, v: SHAPES["hourglass"](v, u),
+    "spade": lambda u, v: heart(u, -v),
+    "ell": lambda u, v: union(box(u, v, -0.6, -0.1, -0.85, 0.85), box(u, v, -0.6, 0.65, 0.35, 0.85)),
+    "cup": lambda u, v: union(box(abs(u), v, 0.3, 0.75, -0.75, 0.75), box(u, v, -0.6, 0.6, 0.3, 0.75)),
+    "zed": lambda u, v: union(box(u, v, -0.8, 0.25, -0.7, -0.25),
+                              box(u, v, -0.25, 0.25, -0.7, 0.7),
+                              box(u, v, -0.25, 0.8, 0.25, 0.7)),
+    "cee": lambda u, v: np.maximum(abs(length(u, v) - 0.58) - 0.24, -box(u, v, 0.0, 1.2, -0.28, 0.28)),
+    "clover": lambda u, v: length(abs(u) - 0.4, abs(v) - 0.4) - 0.42,
+}
+ALL_SHAPES = [*SHAPES.values(), *NEW_SHAPES.values(), *MORE_SHAPES.values()]
+SHAPE_NAMES = [*SHAPES, *NEW_SHAPES, *MORE_SHAPES]
 
 
 # Strokes are written as points, column then row, each from 0 to 8 and joined by lines; "/" lifts the pen.
@@ -2198,11 +2233,9 @@ def ink(u, v, segments):
 
 # base, wide, kinds, variety, tail: filled shapes. A class is (shape, fill, palette).
 FILLS = ("plain", "striped", "checked", "dotted")
-PALETTES = {                        # range of hues, in turns
-    "warm": (-0.06, 0.16), "cool": (0.44, 0.72),
-    "red": (-0.06, 0.1), "green": (0.2, 0.38), "blue": (0.48, 0.66), "violet": (0.74, 0.9)}
+PALETTES = ("warm", "cool")
 BASE_CLASSES = [(s, t, p) for s in (0, 3, 4, 5) for t in range(4) for p in (0, 1)]
-WIDE_CLASSES = [(s, t, p) for s in range(10) for t in range(4) for p in (2, 3, 4, 5)]
+WIDE_CLASSES = [(s, t, p) for s in (*range(10), *range(18, 48)) for t in range(4) for p in (0, 1)]
 KINDS_CLASSES = [(s, 0, p) for s in range(10, 15) for p in (0, 1)]
 VARIETY_CLASSES = [(s, t, p) for s in range(10, 18) for t in (0, 2) for p in (0, 1)]
 TAIL_CLASSES = [(s, t, p) for s in range(12, 18) for t in (1, 3) for p in (0, 1)]
@@ -2221,9 +2254,7 @@ def tail_pattern():
 def draw_things(c, labels, classes, bright, strong):
     shape, fill, palette = (per_image(t) for t in np.array(classes)[labels].T)
     near, far = contrast(c, 0.4, bright)
-    low, high = np.array(list(PALETTES.values()))[palette[:, 0, 0].astype(int)].T
-    place = either(palette % 2 == 0, c.uniform(0, 1), c.uniform(0, 1))
-    hue = place * per_image((high - low).astype(f4)) + per_image(low.astype(f4))
+    hue = either(palette == 0, c.uniform(-0.06, 0.16), c.uniform(0.44, 0.72))
     ground = c.uniform(0, 1)
     c.background(hsv(ground, c.uniform(0.1, 0.6), far), hsv(ground, 0.4, far * 0.85))
     pose = c.pose(0.08, 0.18, (0.8, 0.95))
@@ -2253,8 +2284,7 @@ def fill_pattern(u, v, fill, edge):
 def things(classes, bright=0.7, strong=(0.45, 0.85)):
     """(how to draw, class names) of a task of filled shapes."""
     draw = functools.partial(draw_things, classes=classes, bright=bright, strong=strong)
-    palettes = list(PALETTES)
-    return draw, [f"{palettes[p]} {FILLS[t]} {SHAPE_NAMES[s]}" for s, t, p in classes]
+    return draw, [f"{PALETTES[p]} {FILLS[t]} {SHAPE_NAMES[s]}" for s, t, p in classes]
 
 
 # scenes: a class for every pixel

@@ -560,7 +560,7 @@ def test_constants():
     assert data.DRAWN[0] == data.BASE and data.DRAWN[13] == data.WIDE and data.DRAWN[14:17] == data.NEAR
     assert len(data.DECATHLON) == 9 and data.UNSEEN == ("clothing", "faces", "lesions")
     classes = {name: len(spec.class_names) for name, spec in data.SPECS.items()}
-    assert [classes[name] for name in (data.BASE, "glyphs", data.WIDE, *data.NEAR)] == [32, 100, 80, 10, 32, 24]
+    assert [classes[name] for name in (data.BASE, "glyphs", data.WIDE, *data.NEAR)] == [32, 100, 320, 10, 32, 24]
     for spec in data.SPECS.values():
         assert len(set(spec.class_names)) == len(spec.class_names)
 
