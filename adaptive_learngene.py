@@ -1625,7 +1625,8 @@ def segment(run, args):
 
 def main(argv=None):
     args = settings(argv)
-    machine = common.setup_machine(args.device, args.amp, args.seed, args.threads)
+    machine = common.setup_machine(
+        args.device, args.amp, args.seed, args.threads, args.return_memory)
     run = Run(args.output, vars(args), machine)
     common.announce(run, args)
     stages = [ancestry, pretrain, select_stage, train, segment]

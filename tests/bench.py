@@ -518,6 +518,7 @@ def parsed():
     add("--amp", default="", help="precisions of the networks: none, bf16, fp16 [none; on cuda bf16,fp16]")
     add("--batch-size", type=int, default=0, help="of training steps [8 and 64; on cuda 512, the paper's]")
     add("--drawn-only", action="store_true", help="adaptive: leave DeiT-Tiny and DeiT-Small out")
+    add("--return-memory", action="store_true", help="leave the C library's allocator as it is")
     add("--archs", type=int, default=12, help="architectures of the drawn table [12]")
     add("--peer", default="", metavar="DIR",
         help="measure the released code beside ours (CPU): a folder with checkouts TAL and ppuda, and site "
@@ -534,7 +535,9 @@ def main():
     warnings.simplefilter("ignore")
     is_gpu = flags.device.startswith("cuda")
     precisions = flags.amp or ("bf16,fp16" if is_gpu else "none")
-    machines = [setup_machine(flags.device, amp) for amp in precisions.split(",")]
+    machines = []
+    for amp in precisions.split(","):
+        machines.append(setup_machine(flags.device, amp, return_memory=flags.return_memory))
     name = torch.cuda.get_device_name(machines[0].device) if is_gpu else f"CPU, {flags.threads} thread(s)"
     print(f"torch {torch.__version__}, {name}, medians of {flags.repeats}.")
     wanted = flags.tables.split(",")

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import signal
 import subprocess
 import sys
@@ -730,6 +731,25 @@ def test_no_gpu_is_one_sentence(monkeypatch):
             setup_machine(name)
     assert setup_machine("auto").device.type == "cpu" and setup_machine("auto").amp is None
     assert setup_machine("cpu", amp="bf16").amp is torch.bfloat16
+
+
+def test_freed_memory_is_kept_on_cpus_unless_a_flag_says_no(monkeypatch):
+    assert common.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    calls = []
+    monkeypatch.setattr(common, "keep_freed_memory", lambda: calls.append(1))
+    setup_machine("cpu", return_memory=True)
+    assert not calls
+    setup_machine("cpu")
+    assert len(calls) == 1
+    monkeypatch.setattr(common, "find_device", lambda name, world: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    setup_machine("cuda")
+    assert len(calls) == 1                                          # a GPU has an allocator of its own
+
+
+def test_another_c_library_keeps_its_allocator(monkeypatch):
+    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: object())
+    assert common.keep_freed_memory() is False
 
 
 # ------------------------------------------------------------------------------------------------------------
