@@ -632,8 +632,9 @@ class Learngene(nn.Module):
 
     def forward(self, graph, I=None):
         h = self.embed(graph)
-        bias = self.distance(graph.distance_index(self.max_distance))
-        bias = bias.permute(2, 0, 1)                 # (heads, V, V)
+        index = graph.distance_index(self.max_distance)
+        bias = self.distance.weight.T.index_select(1, index.flatten())
+        bias = bias.view(-1, *index.shape)           # (heads, V, V)
         for layer in self.layers:
             h = layer(h, bias, I)
         return self.norm(h)                          # (V, width)
@@ -1283,10 +1284,10 @@ def customize(hypernet, config, I, num_classes):
 
     config: ViTConfig or GPT2Config, whose num_classes is ignored; I: task embedding (t,) or None.
     """
-    device = next(hypernet.parameters()).device
-    _, graph = encoded(config, device)
-    net = network(replace(config, num_classes=num_classes)).to(device)
-    net.load_state_dict(hypernet.predict(graph, I, num_classes))
+    _, graph = encoded(config, next(hypernet.parameters()).device)
+    with torch.device("meta"):                       # no storage: what is predicted becomes it
+        net = network(replace(config, num_classes=num_classes))
+    net.load_state_dict(hypernet.predict(graph, I, num_classes), assign=True)
     return net
 
 
@@ -1346,7 +1347,9 @@ class TAL:
             config = replace(config, num_classes=task.num_classes)
         elif task is not None:
             config = replace(config, num_classes=self.tasks[task][0])
-        return self(network(config).to(self.device), task)
+        if config.num_classes > self.hypernet.config.classes:
+            return self(network(config).to(self.device), task)
+        return customize(self.hypernet, config, self.embedding(task), config.num_classes)
 
     def embedding(self, task):
         """I (t,) of a task, or None where it plays no part.
@@ -2239,7 +2242,8 @@ def main(argv=None):
     if args.stage == "customize":
         check_customize(args)
     args = names_before_work(args)
-    machine = common.setup_machine(args.device, args.amp, args.seed, args.threads)
+    machine = common.setup_machine(
+        args.device, args.amp, args.seed, args.threads, args.return_memory)
     run = Run(args.output, vars(args), machine)
     common.announce(run, args)
     if args.stage == "ancestry":
