@@ -71,8 +71,8 @@ class AncestryConfig:
     patch: int = 8                 # pixels
     pooling: str = "avg"           # mean of the patches, or class "token" as in DeiT
     basis: str = "chebyshev"       # polynomials of a(l, n) (A1)
-    init: str = "delta"            # how a learngene starts (A3)
-    stem: str = "frozen"           # after dataset 1, or "shared": trained on (A2)
+    init: str = "zero"             # how a learngene starts (A3)
+    stem: str = "shared"           # trained with every dataset, or "frozen" after the first (A2)
 
 
 def coefficients(L, N, basis="chebyshev"):
@@ -170,8 +170,8 @@ def is_gain(name, shape):
 
 
 def offset(name, shape, init):
-    """What a composed parameter is without any learngene: 1 for gains under delta (A3), else 0."""
-    return 1.0 if init == "delta" and is_gain(name, shape) else 0.0
+    """What a composed parameter is without any learngene: 1 for gains unless block (A3), else 0."""
+    return 1.0 if init != "block" and is_gain(name, shape) else 0.0
 
 
 class ComposedNetwork(nn.Module):
@@ -256,24 +256,28 @@ def stacked(genes):
 # Training of Learngenes
 # --------------------------------------------------------------------------------------------------
 
-def new_learngene(shapes, init, scale=1.0, first=True):
-    """{name: tensor} of a fresh learngene, one block of every kind. The choices for init (A3):
+def new_learngene(shapes, init, previous=None):
+    """{name: tensor} of a fresh learngene, one block of every kind. previous: the one before it.
 
-    delta: LayerNorm's gains are 1 + sum_n a(l, n) delta_n with delta_n = 0 at first; matrices are
-           drawn as in any ViT, times scale. Every subset of learngenes has gains near 1.
-    block: the paper's words, a full block with gains of its own; a sum of them swings with a(l, n).
-    zero:  all zero, the network starts as it was; without learngene 1 it stays dead.
+    The first, without a previous one, is drawn as any ViT's block. The choices for later ones (A3):
+
+    zero:     all zero, so the network starts as it was.
+    random:   matrices as in any ViT.
+    previous: a copy of the previous one.
+    block:    the first's start, gains of its own with it; their sum over n swings with a(l, n).
+
+    But for block, LayerNorm's gains are 1 + sum_n a(l, n) delta_n, and a learngene has the delta_n.
     """
-    gene, size = {}, 1.0
-    if not first:
-        size = 0.0 if init == "zero" else scale
-    for name, shape in shapes.items():
-        gene[name] = torch.zeros(shape)
-        if len(shape) > 1:
-            nn.init.trunc_normal_(gene[name], std=0.02)
-            gene[name] *= size
-        elif is_gain(name, shape) and (init == "block" or init == "zero" and first):
-            nn.init.ones_(gene[name])
+    if previous is not None and init == "previous":
+        return {name: tensor.clone() for name, tensor in previous.items()}
+    gene = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if previous is not None and init == "zero":
+        return gene
+    for name, tensor in gene.items():
+        if tensor.ndim > 1:
+            nn.init.trunc_normal_(tensor, std=0.02)
+        elif init == "block" and is_gain(name, tensor.shape):
+            nn.init.ones_(tensor)
     return gene
 
 
@@ -287,8 +291,8 @@ def new_head(width, num_classes):
 def gene_masks(steps, old, dropout, seed, number, keep=0.1):
     """Which of the `old` learngenes take part in each step: (steps, old) of 0 and 1.
 
-    All of them, or in a share `dropout` of the steps each with chance `keep`: only so do later
-    learngenes learn to stand alone (A4). Fixed by seed and the new learngene's number.
+    All of them, or in a share `dropout` of the steps each with chance `keep`: a later learngene then
+    learns to stand alone, and not to build on older ones (A4). Fixed by seed and its number.
     """
     chance = torch.rand(steps, old + 1, generator=data.generator(seed, number))
     everyone = chance[:, :1] >= dropout
@@ -335,15 +339,16 @@ def optimise(run, args, stage, net, task, images, lr, identity, forward=None, te
 
 
 def learn(run, args, pool, task):
-    """One new dataset: learngene n and its head train and, with n = 1 or --stem shared, the stem.
+    """One new dataset: learngene n, its head and the stem train (A2). The pool gets one file more.
 
-    All that is older is frozen (A2). The pool gets one file more.
+    Older learngenes are frozen; so is the stem after n = 1 under --stem frozen.
     """
     config, device = pool.config, run.machine.device
     n, depths = len(pool) + 1, depths_of(args)
     torch.manual_seed(args.seed * 1000 + n)
     net = backbone(config, depths, 0)
-    gene = new_learngene(learngene_shapes(net), config.init, args.init_scale, first=n == 1)
+    previous = pool.records[-1]["gene"] if n > 1 else None
+    gene = new_learngene(learngene_shapes(net), config.init, previous)
     head = new_head(net.width, task.num_classes)
     frozen = {}
     if n > 1:
@@ -359,7 +364,8 @@ def learn(run, args, pool, task):
     everyone, masks = masks.all(1).tolist(), masks.to(device)
     identity = common.identity(args, "learngenes") | asdict(config)
     identity |= {"depths": depths, "parent": pool.hash}
-    optimise(run, args, f"ancestry-{n:02d}", model, task, images, args.lr, identity,
+    lr = args.lr if n == 1 else args.lr * args.later_lr
+    optimise(run, args, f"ancestry-{n:02d}", model, task, images, lr, identity,
              forward=lambda x, step: model(x, None if everyone[step] else masks[step]))
     learned = {"gene": tensors_of(model.genes[str(n)]), "head": tensors_of(head),
                "stem": tensors_of(model.stem), "depths": depths, "seed": args.seed}
@@ -465,7 +471,7 @@ class Pool:
         return {name: tensor.to(self.device) for name, tensor in theta.items()}
 
     def stem(self, N):
-        """The stem after N learngenes: the first's; under --stem shared the last one trained."""
+        """The stem after N learngenes: the last one trained; under --stem frozen the first's."""
         return [record["stem"] for record in self.records[:N] if record["stem"]][-1]
 
     def logits(self, n, task):
@@ -1092,7 +1098,7 @@ def tleg(run, args):
     torch.manual_seed(args.seed)
     net = backbone(config, [args.ancestry_depth], 0).to(device)
     theta_B = new_learngene(learngene_shapes(net), "block")
-    theta_A = new_learngene(learngene_shapes(net), "delta")        # its authors': without gains
+    theta_A = new_learngene(learngene_shapes(net), "random")       # its authors': without gains
     head = new_head(net.width, len(state["head.bias"]) if state else task.num_classes)
     genes = {1: theta_B, 2: theta_A}
     net = ComposedNetwork(net, config, 2, genes, head, train_stem=True).to(device)
@@ -1306,6 +1312,7 @@ def layers(text):
 
 
 STAGES = ["ancestry", "pretrain", "select", "train", "segment"]
+INITS = ["zero", "random", "previous", "block"]
 SILENT = "the paper is silent"
 
 # Rows: name, type, default or (drawn, paper), meaning and source. Shared flags are in common.py.
@@ -1328,11 +1335,13 @@ FLAGS = {
     "learngenes": [
         ("--basis", ["chebyshev", "legendre", "monomial", "printed"], "chebyshev",
          "polynomials of a(l, n), as Lin et al. 2024c compare them; printed: their T_n"),
-        ("--init", ["delta", "block", "zero"], "delta", f"how a new learngene starts; {SILENT}"),
-        ("--init-scale", amount, 1.0, f"size of its matrices, but the first's; {SILENT}"),
-        ("--gene-dropout", share, 0.7,
-         f"steps in which few older learngenes take part; {SILENT}, literally it is 0"),
-        ("--stem", ["frozen", "shared"], "frozen", f"after dataset 1; shared trains on; {SILENT}"),
+        ("--init", INITS, "zero",
+         f"how learngenes after the first start; zero: the network as it was; {SILENT}"),
+        ("--later-lr", amount, 1.0, f"their peak learning rate, times --lr; {SILENT}"),
+        ("--stem", ["shared", "frozen"], "shared",
+         f"trained with every dataset, or with the first alone; {SILENT}"),
+        ("--gene-dropout", share, 0.0,
+         "share of steps in which few older learngenes take part; 0 is the paper's text"),
     ],
     "selection": [
         ("--reward-share", share, 0.1, "of the training images are looked at (Training Settings)"),

@@ -381,7 +381,7 @@ class Learngenes:
         self.pool = al.Pool("no such pool", self.config, machine.device, new=True)
         net = self.network()
         for k in range(10):
-            gene = al.new_learngene(al.learngene_shapes(net), self.config.init, first=k == 0)
+            gene = al.new_learngene(al.learngene_shapes(net), "random")
             stem = {} if k else al.tensors_of(al.as_module(al.stem_of(net)))
             self.pool.records.append({"gene": gene, "stem": stem})
         self.batch = Batch(n, net.config, machine.device)
@@ -407,7 +407,7 @@ class Learngenes:
     def ancestry(self, all_take_part):
         """The last learngene on top of nine others, which are frozen; every second may sit out."""
         net, device = self.network(0), self.machine.device
-        gene = al.new_learngene(al.learngene_shapes(net), self.config.init, first=False)
+        gene = al.new_learngene(al.learngene_shapes(net), "random")
         head = al.new_head(net.width, self.classes)
         model = al.ComposedNetwork(net, self.config, 10, {10: gene}, head, self.pool.theta(9)).to(device)
         G = None

@@ -32,10 +32,10 @@ from conftest import CPU, ROOT, assert_same_run, finish, killed_in, log_of, refu
 SIZES = {"digits": (120, 60, 60), "kinds": (80, 40, 40), "pedestrian": (60, 30, 30), "scenes": (12, 4, 4)}
 SMALL = (
     "--size drawn-tiny --ancestry-depth 2 --patch 16 --batch-size 20 --stream digits/3 --ancestry-epochs 1 "
-    "--train-epochs 0.5 --select-steps 20 --split val --save-every 1 --gene-dropout 0.5 --scene-size 48 --crop 32 "
+    "--train-epochs 0.5 --select-steps 20 --split val --save-every 1 --scene-size 48 --crop 32 "
     "--device cpu").split()
 STREAM = [f"digits/3#{n}" for n in (1, 2, 3)]
-DELTA = al.AncestryConfig("drawn-tiny", 32, 16)
+CONFIG = al.AncestryConfig("drawn-tiny", 32, 16)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,7 +110,7 @@ def same(a, b):
 def hand_vit(records, G, depth=2, classes=None):
     """A ViT composed of the files alone, sum by sum, as float64; Chebyshev polynomials from numpy."""
     net = small_vit(depth, classes or 2).double()
-    state = {name: p.double() for name, p in records[0]["stem"].items()}
+    state = {name: p.double() for name, p in records[len(G) - 1]["stem"].items()}
     for l in range(depth):
         T = np.polynomial.chebyshev.chebvander(l / depth, len(G) - 1).reshape(-1)
         for name in dict(net.blocks[0].named_parameters()):
@@ -234,20 +234,20 @@ def random_genes(net, count):
     return [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(count)]
 
 
-@pytest.mark.parametrize("init", ["delta", "block", "zero"])
+@pytest.mark.parametrize("init", ["zero", "block"])
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_every_parameter_of_a_filled_vit_is_the_hand_sum(depth, init):
-    """Any depth, learngenes 1 and 3 of three: names, not positions; gains have their 1 under delta. The stem is copied."""
+    """Any depth, learngenes 1 and 3 of three: names, not positions; gains have their 1 but under block. The stem is copied."""
     torch.manual_seed(0)
     genes = random_genes(small_vit(), 3)
     net, donor = small_vit(depth), small_vit()
     nn.init.normal_(donor.fc_norm.weight)
     head = net.head.weight.clone()
-    al.fill(net, al.stacked(genes), al.stem_of(donor), (1, 0, 1), dataclasses.replace(DELTA, init=init))
+    al.fill(net, al.stacked(genes), al.stem_of(donor), (1, 0, 1), dataclasses.replace(CONFIG, init=init))
     for l, block in enumerate(net.blocks):
         x = l / depth
         for name, p in block.named_parameters():
-            gain = 1.0 if init == "delta" and name in ("norm1.weight", "norm2.weight") else 0.0
+            gain = 1.0 if init != "block" and name in ("norm1.weight", "norm2.weight") else 0.0
             expected = gain + genes[0][f"0.{name}"] + (2 * x * x - 1) * genes[2][f"0.{name}"]
             torch.testing.assert_close(p, expected, atol=1e-5, rtol=1e-5)
     names = "pos_embed patch_embed.proj.weight patch_embed.proj.bias fc_norm.weight fc_norm.bias"
@@ -318,38 +318,49 @@ def test_a_module_of_tensors_has_just_their_names():
 # Training of Learngenes
 # ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("init", ["delta", "block", "zero"])
+def fresh(shapes, init, count):
+    """So many new learngenes, one on top of the other."""
+    genes = []
+    for _ in range(count):
+        genes.append(al.new_learngene(shapes, init, genes[-1] if genes else None))
+    return genes
+
+
+@pytest.mark.parametrize("init", al.INITS)
 def test_layer_norms_of_fresh_learngenes(init):
-    """delta: gains of 1 for every selection. block: the sum of the coefficients, which swings. zero: learngene 1's alone."""
-    shapes = al.learngene_shapes(small_vit())
-    theta = al.stacked([al.new_learngene(shapes, init, first=n == 0) for n in range(4)])
+    """Gains of 1 for every selection; under block the sum of the coefficients, which swings."""
+    theta = al.stacked(fresh(al.learngene_shapes(small_vit()), init, 4))
     T = np.polynomial.chebyshev.chebvander(np.arange(6) / 6, 3)
     for G in ((1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 0)):
-        net = al.fill(small_vit(6), theta, {}, G, dataclasses.replace(DELTA, init=init))
+        net = al.fill(small_vit(6), theta, {}, G, dataclasses.replace(CONFIG, init=init))
         for l, block in enumerate(net.blocks):
-            gain = {"delta": 1.0, "block": float(T[l] @ np.array(G)), "zero": float(G[0])}[init]
+            gain = float(T[l] @ np.array(G)) if init == "block" else 1
             for norm in (block.norm1, block.norm2):
                 assert norm.weight.tolist() == pytest.approx([gain] * 32, abs=1e-6) and not norm.bias.any()
             assert not block.attn.qkv.bias.any() and not block.mlp.fc1.bias.any()
 
 
 def test_gains_are_those_of_layer_norms_whatever_their_names():
-    """The blocks of any network: under delta, a fresh learngene has gains of 1."""
+    """The blocks of any network: a fresh learngene has gains of 1."""
     net = torchvision.models.VisionTransformer(32, 16, 2, 4, 32, 64, num_classes=5)
-    theta = al.stacked([al.new_learngene(al.learngene_shapes(net), "delta")])
-    al.fill(net, theta, {}, (1,), DELTA)
+    theta = al.stacked([al.new_learngene(al.learngene_shapes(net), "zero")])
+    al.fill(net, theta, {}, (1,), CONFIG)
     assert all((module.weight == 1).all() for module in net.modules() if isinstance(module, nn.LayerNorm))
 
 
-@pytest.mark.parametrize("init, scale, first, std", [
-    ("delta", 1.0, True, 0.02), ("delta", 0.5, True, 0.02), ("delta", 0.5, False, 0.01), ("block", 2.0, False, 0.04),
-    ("zero", 1.0, True, 0.02), ("zero", 1.0, False, 0.0)])
-def test_matrices_of_fresh_learngenes(init, scale, first, std):
+@pytest.mark.parametrize("init, later", [("zero", 0.0), ("random", 0.02), ("previous", 0.02), ("block", 0.02)])
+def test_matrices_of_fresh_learngenes(init, later):
+    """The first is drawn as any block, whatever `init`; a copy is one of the last, and in memory of its own."""
     torch.manual_seed(0)
-    gene = al.new_learngene(al.learngene_shapes(small_vit(width=64)), init, scale, first)
-    for p in gene.values():
-        if p.ndim > 1:
-            assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean().item()) <= std / 20
+    first, second, third = fresh(al.learngene_shapes(small_vit(width=64)), init, 3)
+    for gene, std in ((first, 0.02), (second, later), (third, later)):
+        for p in gene.values():
+            if p.ndim > 1:
+                assert p.std().item() == pytest.approx(std, rel=0.05) and abs(p.mean().item()) <= std / 20
+    assert same(first, second) == (init == "previous") and first["0.attn.qkv.weight"] is not second["0.attn.qkv.weight"]
+    second["0.attn.qkv.weight"].add_(1)
+    assert not torch.equal(al.new_learngene(al.learngene_shapes(small_vit(width=64)), "previous", second)["0.attn.qkv.weight"],
+                           first["0.attn.qkv.weight"])
 
 
 def test_gene_masks():
@@ -391,30 +402,31 @@ def test_eq_4_leaves_out_ignored_pixels():
     assert al.loss_ce(y, y_hat).item() == pytest.approx(sum(losses) / 5, rel=1e-5)
 
 
-def test_the_training_of_a_learngene_written_out(cache, made, tmp_path):
-    """Learngene 3 on top of two frozen ones, eight steps: every Theta_l as a sum of three terms, plain AdamW, clipping,
-    cosine; in some steps older learngenes sit out."""
+@pytest.mark.parametrize("more", ["", "--gene-dropout 0.5 --later-lr 0.5"])
+def test_the_training_of_a_learngene_written_out(more, cache, made, tmp_path):
+    """Learngene 3 on top of two frozen ones, eight steps: every Theta_l as a sum of three terms, learngene, stem and head
+    under plain AdamW, clipping, cosine. With gene-dropout, older learngenes sit out in some steps."""
     folder = copy_of(made, tmp_path, 2)
     task, old = task_of(cache, STREAM[2]), records_of(folder / "pool")
-    al.main(flags(cache, folder, "--data", STREAM[2], "--ancestry-epochs 4 --lr 5e-3"))
-    steps = math.ceil(4 * len(task.labels["train"]) / 20)
-    masks = al.gene_masks(steps, 2, 0.5, 0, 3)
-    assert steps == 8 and 0 < masks.all(1).sum() < steps
+    al.main(flags(cache, folder, "--data", STREAM[2], "--ancestry-epochs 4 --lr 5e-3", more))
+    steps, lr = math.ceil(4 * len(task.labels["train"]) / 20), 2.5e-3 if more else 5e-3
+    masks = al.gene_masks(steps, 2, 0.5 if more else 0.0, 0, 3)
+    assert steps == 8 and 0 < masks.all(1).sum() <= steps and bool(masks.all()) != bool(more)
     torch.manual_seed(3)                                     # seed 0, learngene 3
     net = small_vit(2, 1)
     net.head = nn.Identity()
-    gene = nn.ParameterDict({n.replace(".", "/"): p for n, p in al.new_learngene(al.learngene_shapes(net), "delta", first=False).items()})
+    gene = {n: torch.zeros(shape, requires_grad=True) for n, shape in al.learngene_shapes(net).items()}
     head = al.new_head(32, 3)
-    net.load_state_dict(old[0]["stem"], strict=False)
-    matrices = [p for p in [*gene.values(), *head.parameters()] if p.ndim > 1]
-    vectors = [p for p in [*gene.values(), *head.parameters()] if p.ndim == 1]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0.0)], lr=5e-3)
+    stem = {n: p.clone().requires_grad_() for n, p in old[1]["stem"].items()}
+    trained = [*gene.values(), *stem.values(), *head.parameters()]
+    free = [p for p in trained if p.ndim == 1 or p is stem["pos_embed"]]
+    matrices = [p for p in trained if all(p is not other for other in free)]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.05), dict(params=free, weight_decay=0.0)], lr=lr)
     for step in range(steps):
-        weights = {}
+        weights = dict(stem)
         for l in range(2):
             a = (1, l / 2, 2 * (l / 2) ** 2 - 1)
             for name, p in gene.items():
-                name = name.replace("/", ".")
                 parts = [masks[step, n] * a[n] * old[n]["gene"][name] for n in range(2)]
                 weights[f"blocks.{l}.{name[2:]}"] = float("norm" in name and "weight" in name) + parts[0] + parts[1] + a[2] * p
         x, y = task.batch("train", step, 20, 0, "shift")
@@ -422,50 +434,58 @@ def test_the_training_of_a_learngene_written_out(cache, made, tmp_path):
         loss = -y_hat.log_softmax(1)[range(20), y].sum() / 20
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(matrices + vectors, 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * common.cosine_lr(step, steps, round(0.05 * steps))
+            group["lr"] = lr * common.cosine_lr(step, steps, round(0.05 * steps))
         optimizer.step()
     record = records_of(folder / "pool")[2]
-    for name, p in gene.items():
-        torch.testing.assert_close(record["gene"][name.replace("/", ".")], p.detach(), atol=2e-5, rtol=1e-3)
-    torch.testing.assert_close(record["head"]["weight"], head.weight.detach(), atol=2e-5, rtol=1e-3)
+    for part, here in (("gene", gene), ("stem", stem), ("head", dict(head.named_parameters()))):
+        assert record[part].keys() == here.keys()
+        for name, p in here.items():
+            torch.testing.assert_close(record[part][name], p.detach(), atol=5e-5, rtol=1e-3)
 
 
-def test_only_the_new_learngene_and_its_head_are_trained(made):
-    """Files of older learngenes, the stem with them, are the same bytes; what trains is in the training's checkpoints."""
+def test_only_the_new_learngene_its_head_and_the_stem_are_trained(made):
+    """Files of older learngenes, their stems with them, are the same bytes; what trains is in the training's checkpoints."""
     folder, states = made
     for before, after in zip(states, states[1:]):
         assert len(after) == len(before) + 1 and before.items() <= after.items()
     records = records_of(folder / "pool")
-    assert [bool(r["stem"]) for r in records] == [True, False, False]
     assert [len(r["head"]["bias"]) for r in records] == [4, 3, 3]
     for n in (1, 2, 3):
-        trained = {k.split(".")[0] for k in torch.load(folder / f"ancestry-{n:02d}.pt", weights_only=True)["model"]}
-        assert trained == ({"genes", "head", "stem"} if n == 1 else {"genes", "head"})
+        trained = torch.load(folder / f"ancestry-{n:02d}.pt", weights_only=True)["model"]
+        assert {k.split(".")[0] for k in trained} == {"genes", "head", "stem"}
+        assert {k.split(".")[1] for k in trained if k.startswith("genes")} == {str(n)}
     assert [r["number"] for r in records] == [1, 2, 3] and [r["dataset"] for r in records] == STREAM
     assert [r["parent"] for r in records] == ["", records[0]["hash"], records[1]["hash"]]
 
 
-def test_a_shared_stem_trains_on(cache, tmp_path):
-    """--stem shared: every file has a stem of its own, descendants get the last one, older learngenes stay as they are."""
-    al.main(flags(cache, tmp_path, "--data", STREAM[0], "--stem shared"))
-    before = snapshot(tmp_path / "pool")
-    al.main(flags(cache, tmp_path, "--data", STREAM[1], "--stem shared"))
-    assert before.items() <= snapshot(tmp_path / "pool").items()
+def test_a_shared_stem_trains_on(cache, made, tmp_path):
+    """Every file has a stem of its own, descendants get the last one, and older learngenes theirs."""
+    folder = copy_of(made, tmp_path)
+    stems = [record["stem"] for record in records_of(folder / "pool")]
+    for before, after in zip(stems, stems[1:]):
+        assert before.keys() == after.keys() and not any(torch.equal(before[n], after[n]) for n in before)
+    pool = al.open_pool(folder / "pool")
+    assert same(al.stem_of(pool.descendant(2, [1])), stems[2])
+    assert same(al.stem_of(pool.fill(small_vit(), (1,))), stems[0])                        # as it was after learngene 1
+    al.main(flags(cache, folder, "--data pedestrian --ancestry-epochs 0"))                 # starts where it was
+    assert same(records_of(folder / "pool")[3]["stem"], stems[2])
+
+
+def test_a_frozen_stem_is_the_first_datasets(cache, tmp_path):
+    """--stem frozen: it is in the first file alone, and all networks have it."""
+    al.main(flags(cache, tmp_path, "--data", ",".join(STREAM[:2]), "--stem frozen"))
     first, second = records_of(tmp_path / "pool")
-    assert first["stem"].keys() == second["stem"].keys()
-    assert not any(torch.equal(first["stem"][n], second["stem"][n]) for n in first["stem"])
-    pool = al.open_pool(tmp_path / "pool")
-    assert same(al.stem_of(pool.descendant(2, [1])), second["stem"])
-    assert same(al.stem_of(pool.fill(small_vit(), (1,))), first["stem"])                   # as it was after learngene 1
-    al.main(flags(cache, tmp_path, "--data", STREAM[2], "--stem shared --ancestry-epochs 0"))       # starts where it was
-    assert same(records_of(tmp_path / "pool")[2]["stem"], second["stem"])
+    assert first["stem"] and not second["stem"]
+    model = torch.load(tmp_path / "ancestry-02.pt", weights_only=True)["model"]
+    assert {k.split(".")[0] for k in model} == {"genes", "head"}
+    assert same(al.stem_of(al.open_pool(tmp_path / "pool").descendant(2, [2])), first["stem"])
 
 
-def test_a_zero_learngene_starts_as_the_network_was(cache, tmp_path):
-    """--init zero, no training: dataset 2's network is dataset 1's, and yet the new learngene has a gradient."""
-    al.main(flags(cache, tmp_path, "--data", ",".join(STREAM[:2]), "--init zero --ancestry-epochs 0"))
+def test_a_new_learngene_starts_as_the_network_was(cache, tmp_path):
+    """No training: dataset 2's network is dataset 1's, and yet the new learngene has a gradient."""
+    al.main(flags(cache, tmp_path, "--data", ",".join(STREAM[:2]), "--ancestry-epochs 0"))
     pool = al.open_pool(tmp_path / "pool")
     assert not any(p.any() for p in pool.records[1]["gene"].values())
     task = task_of(cache, "kinds")
@@ -473,7 +493,7 @@ def test_a_zero_learngene_starts_as_the_network_was(cache, tmp_path):
     one, two = (pool.fill(small_vit().eval(), (1,) * n) for n in (1, 2))
     assert torch.equal(one.encode(x), two.encode(x))
     two.head = nn.Identity()
-    gene = al.new_learngene(al.learngene_shapes(two), "zero", first=False)
+    gene = al.new_learngene(al.learngene_shapes(two), "zero", previous=pool.records[0]["gene"])
     model = al.ComposedNetwork(two, pool.config, 2, {2: gene}, nn.Identity(), pool.theta(1))
     everyone, all_ones = model.weights(), model.weights(torch.ones(1))
     assert all(torch.equal(everyone[name], all_ones[name]) for name in everyone)
@@ -482,13 +502,20 @@ def test_a_zero_learngene_starts_as_the_network_was(cache, tmp_path):
     assert gradients["0.mlp.fc2.weight"].norm() > 0 and gradients["0.attn.qkv.weight"].norm() > 0
 
 
+def test_a_learngene_may_start_from_the_one_before(cache, tmp_path):
+    """--init previous, no training: learngene 3 is learngene 2, and so on down to the first."""
+    al.main(flags(cache, tmp_path, "--init previous --ancestry-epochs 0"))
+    first, second, third = records_of(tmp_path / "pool")
+    assert same(first["gene"], second["gene"]) and same(first["gene"], third["gene"]) and first["gene"]["0.attn.qkv.weight"].any()
+
+
 def test_mixed_precision_composes_in_float32(monkeypatch):
     """1 + 1/256 is not a bfloat16 number: under autocast, a gain of it must not become 1."""
     net, used = small_vit(), []
-    gene, net.head = al.new_learngene(al.learngene_shapes(net), "delta"), nn.Identity()
+    gene, net.head = al.new_learngene(al.learngene_shapes(net), "zero"), nn.Identity()
     gene["0.norm1.weight"].fill_(1 / 256)
     monkeypatch.setattr(al, "functional_call", lambda net, weights, x: used.append(weights) or functional_call(net, weights, x))
-    model = al.ComposedNetwork(net, DELTA, 1, {1: gene}, nn.Identity())
+    model = al.ComposedNetwork(net, CONFIG, 1, {1: gene}, nn.Identity())
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 3, 32, 32))
     assert all(p.dtype == torch.float32 for p in used[0].values())
@@ -531,8 +558,8 @@ def test_files_say_what_they_are(cache, made):
     assert record["counts"] == {"train": 36, "val": 18, "test": 18} and record["depths"] == [2] and record["seed"] == 0
     assert record["content"] == task_of(cache, STREAM[1]).fingerprint
     assert record["config"] == {
-        "size": "drawn-tiny", "image_size": 32, "patch": 16, "pooling": "avg", "basis": "chebyshev", "init": "delta",
-        "stem": "frozen"}
+        "size": "drawn-tiny", "image_size": 32, "patch": 16, "pooling": "avg", "basis": "chebyshev", "init": "zero",
+        "stem": "shared"}
 
 
 def test_logits_of_earlier_datasets_are_bit_identical(cache, made):
@@ -648,8 +675,8 @@ def test_a_damaged_pool_is_refused_and_left_alone(damage, cache, made, other, tm
 @pytest.mark.parametrize("more, words", [
     ("--size drawn-small", "size drawn-tiny, asked for drawn-small"), ("--patch 8", "patch 16, asked for 8"),
     ("--image-size 48", "image_size 32, asked for 48"), ("--pooling token", "pooling avg, asked for token"),
-    ("--basis printed", "basis chebyshev, asked for printed"), ("--init block", "init delta, asked for block"),
-    ("--stem shared", "stem frozen, asked for shared"), ("--size drawn-swin", "size drawn-tiny, asked for drawn-swin")])
+    ("--basis printed", "basis chebyshev, asked for printed"), ("--init block", "init zero, asked for block"),
+    ("--stem frozen", "stem shared, asked for frozen"), ("--size drawn-swin", "size drawn-tiny, asked for drawn-swin")])
 def test_a_pool_of_another_kind_is_refused(more, words, cache, made):
     before = snapshot(made[0])
     with refuses(words):
@@ -1206,7 +1233,7 @@ def test_tasks_have_selections_of_their_own(cache, made, tmp_path):
 def test_the_door_for_python(cache, made, tmp_path, monkeypatch):
     """open_pool needs no flags; select takes a task, a name or a folder; G and numbers are each other's inverse."""
     pool = al.open_pool(made[0] / "pool")
-    assert pool.config == DELTA and len(pool) == 3
+    assert pool.config == CONFIG and len(pool) == 3
     G = al.select(pool, "kinds", data_dir=str(cache), select_steps=5)
     assert G == al.select(pool, task_of(cache, "kinds"), depth=2, select_steps=5) and set(G) <= {0, 1} and len(G) == 3
     write_images(tmp_path / "mine", ("ant", "bee"), 5)
@@ -1270,7 +1297,7 @@ def test_constrained_training_keeps_eq_8(cache, made, tmp_path, monkeypatch):
                 torch.testing.assert_close(weights[f"blocks.{l}.{name[2:]}"], expected, atol=1e-6, rtol=1e-5)
     assert (after[0]["0.mlp.fc1.weight"] - records[0]["gene"]["0.mlp.fc1.weight"]).abs().max() > 1e-3
     assert (after[1]["0.mlp.fc1.weight"] - records[2]["gene"]["0.mlp.fc1.weight"]).abs().max() > 1e-3
-    assert all(same(stem, records[0]["stem"]) for _, stem in used) and not any(wanted)
+    assert all(same(stem, records[2]["stem"]) for _, stem in used) and not any(wanted)
     assert snapshot(made[0] / "pool") == before and same(pool.records[0]["gene"], records[0]["gene"])
     (result,) = log_of(tmp_path, "train")
     gene = sum(p.numel() for p in records[0]["gene"].values())
@@ -1812,8 +1839,8 @@ def test_an_ancestor_of_other_data_is_refused(cache, tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    "--init block --basis printed --pooling token", "--init zero --stem shared --recipe none --clip 0",
-    "--size drawn-swin --depth 1,2", "--gene-dropout 1 --init-scale 0.5", "--amp bf16"])
+    "--init block --basis printed --pooling token", "--init previous --stem frozen --recipe none --clip 0",
+    "--size drawn-swin --depth 1,2", "--gene-dropout 1 --init random", "--amp bf16"])
 def test_options_run(options, cache, tmp_path):
     """Two datasets, then a descendant of either training."""
     al.main(flags(cache, tmp_path, "--data", ",".join(STREAM[:2]), options))

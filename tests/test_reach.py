@@ -333,7 +333,7 @@ pool = al.pool_of(run, args, new=True)
 net = al.backbone(pool.config, (12,), 0)
 for n in range(1, 10):                                       # nine learngenes, for what they cost
     pool.records.append({
-        "gene": al.new_learngene(al.learngene_shapes(net), "delta"),
+        "gene": al.new_learngene(al.learngene_shapes(net), "zero"),
         "stem": {name: p.detach() for name, p in al.stem_of(net).items()} if n == 1 else {},
         "hash": str(n)})
 al.learn(run, args, pool, task)
