@@ -291,7 +291,7 @@ def new_head(width, num_classes):
 def gene_masks(steps, old, dropout, seed, number, keep=0.1):
     """Which of the `old` learngenes take part in each step: (steps, old) of 0 and 1.
 
-    All of them, or in a share `dropout` of the steps each with chance `keep`: a later learngene then
+    All of them, or in a share `dropout` of the steps each with chance `keep`: a new learngene then
     learns to stand alone, and not to build on older ones (A4). Fixed by seed and its number.
     """
     chance = torch.rand(steps, old + 1, generator=data.generator(seed, number))
@@ -970,23 +970,27 @@ def initialise(run, args, method, pool, depths, num_classes, G, task):
     if method == "tleg":
         theta, stem, G, config = tleg(run, args)
         return fill(net, theta, stem, G, config), sha256(*theta.values(), *stem.values())
-    size = LARGER[args.size] if method == "weight-selection" else args.size
-    state = ancestor(run, args, size, task).state_dict()
+    if method == "peg":
+        state = peg(run, args)
+    else:
+        size = LARGER[args.size] if method == "weight-selection" else args.size
+        state = ancestor(run, args, size, task).state_dict()
     if method == "weight-selection":
         weight_selection(net, state)
-    elif method == "peg":
-        peg(net, state, data.generator(args.seed, 13))
     else:
-        copy_layers(net, state, inherited(method, depths[0], args.ancestry_depth))
+        copy_layers(net, state, inherited(run, args, method, depths[0]))
     return net, sha256(*state.values())
 
 
-def inherited(method, L, L_ancestor):
+def inherited(run, args, method, L):
     """{layer of a descendant: layer of the ancestor} of what is copied; the rest stays random."""
+    L_ancestor = args.ancestry_depth
     if method == "heur":                # the last three blocks, on top
         return {L - k: L_ancestor - k for k in range(1, min(3, L, L_ancestor) + 1)}
-    if method == "auto":                # the first half, below
-        return {l: l for l in range(min(L, L_ancestor // 2))}
+    if method == "auto":                # the chosen ones, below
+        return dict(enumerate(auto_layers(run, args)[:L]))
+    if method == "peg":                 # the nearest
+        return {l: l * L_ancestor // L for l in range(L)}
     return {l: l for l in range(L)}     # prefine: all
 
 
@@ -997,38 +1001,6 @@ def copy_layers(net, state, layers):
         for name, _ in net.blocks[own].named_parameters():
             copied[f"blocks.{own}.{name}"] = state[f"blocks.{theirs}.{name}"]
     net.load_state_dict(copied, strict=False)
-
-
-def peg(net, state, generator):
-    """PEG-style (Wang et al. 2024a): learngenes are random convex mixtures of the ancestor's parts.
-
-    They are 2/3 of the heads and half of the feed-forward layers, repeated for the heads and layers
-    of `net`. The non-linear mapping that PEG then trains is left at this start (A10).
-    """
-    L, heads = len(net.blocks), net.blocks[0].attn.num_heads
-    L_ancestor = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    nearest = {l: l * L_ancestor // L for l in range(L)}
-    copy_layers(net, state, nearest)    # norms and projections stay the nearest layer's
-    mixed = {}
-    for l in range(L):
-        p = mixture(max(1, heads * 2 // 3), heads, heads, generator)
-        for end in ("weight", "bias"):
-            theirs = state[f"blocks.{nearest[l]}.attn.qkv.{end}"]
-            per_head = theirs.reshape(3, heads, -1)
-            new = torch.einsum("ij,qjd->qid", p.to(theirs), per_head)
-            mixed[f"blocks.{l}.attn.qkv.{end}"] = new.reshape(theirs.shape)
-    p = mixture(max(1, L_ancestor // 2), L_ancestor, L, generator)
-    for name in ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"):
-        theirs = torch.stack([state[f"blocks.{l}.{name}"] for l in range(L_ancestor)])
-        for l, new in enumerate(torch.tensordot(p.to(theirs), theirs, 1)):
-            mixed[f"blocks.{l}.{name}"] = new
-    net.load_state_dict(mixed, strict=False)
-
-
-def mixture(kept, theirs, ours, generator):
-    """(ours, theirs): `kept` random convex mixtures of `theirs` parts, repeated to `ours` rows."""
-    p = torch.randn(kept, theirs, generator=generator).softmax(1)
-    return p[torch.arange(ours) * kept // ours]
 
 
 def ancestor(run, args, size, task):
@@ -1113,6 +1085,138 @@ def tleg(run, args):
     return theta, dict(net.stem.named_parameters()), (1, 1), config
 
 
+class Expansion(nn.Module):
+    """PEG (Wang et al. 2024a): a ViT whose heads and feed-forwards are expanded from learngenes.
+
+    Learngenes start as random convex mixtures of an ancestor's parts: 2/3 of the heads of each
+    layer, half of the feed-forwards. A non-linear mapping along the axis of heads, or of layers,
+    makes all of them again. Both are trained, with all other parameters (A10).
+    net: the ancestor without its head; head: that of the training.
+    """
+    HEADS = ("attn.qkv.weight", "attn.qkv.bias")
+    FEED_FORWARDS = ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+
+    def __init__(self, net, head, generator):
+        super().__init__()
+        L, H = len(net.blocks), net.blocks[0].attn.num_heads
+        heads, layers = max(1, 2 * H // 3), max(1, L // 2)
+        self.map_heads, self.map_layers = mapping(heads, H), mapping(layers, L)
+        p_heads = torch.randn(L, heads, H, generator=generator).softmax(2)
+        p_layers = torch.randn(layers, L, generator=generator).softmax(1)
+        rest, genes = tensors_of(net), {}
+        for name in self.HEADS:
+            theirs = torch.stack([rest.pop(f"blocks.{l}.{name}") for l in range(L)])
+            theirs = theirs.view(L, 3, H, -1)      # of queries, keys and values: numbers per head
+            genes[name] = torch.einsum("lih,lqhn->liqn", p_heads, theirs)
+        for name in self.FEED_FORWARDS:
+            theirs = torch.stack([rest.pop(f"blocks.{l}.{name}") for l in range(L)])
+            genes[name] = torch.tensordot(p_layers, theirs, 1)
+        self.genes, self.rest, self.head = as_module(genes), as_module(rest), head
+        self.net = (net.requires_grad_(False),)
+
+    def weights(self):
+        """{parameter of the network: tensor}"""
+        weights, genes = dict(self.rest.named_parameters()), dict(self.genes.named_parameters())
+        for name in self.HEADS:
+            Theta = along(1, self.map_heads, genes[name]).transpose(1, 2)      # (L, 3, H, n)
+            for l, theta in enumerate(Theta):
+                own = f"blocks.{l}.{name}"
+                weights[own] = theta.reshape(self.net[0].get_parameter(own).shape)
+        for name in self.FEED_FORWARDS:
+            for l, theta in enumerate(along(0, self.map_layers, genes[name])):
+                weights[f"blocks.{l}.{name}"] = theta
+        return weights
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):         # sums in full precision
+            weights = self.weights()
+        return self.head(functional_call(self.net[0], weights, (x,)))
+
+
+def mapping(few, many):
+    """`few` numbers -> `many` by a hidden layer. At first it repeats them: x = relu(x) - relu(-x)."""
+    first, second = nn.Linear(few, 2 * many), nn.Linear(2 * many, many)
+    repeat = F.one_hot(torch.arange(many) * few // many, few).float()
+    with torch.no_grad():
+        first.weight.copy_(torch.cat([repeat, -repeat]))
+        second.weight.copy_(torch.cat([torch.eye(many), -torch.eye(many)], 1))
+        first.bias.zero_(), second.bias.zero_()
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
+def along(axis, module, tensor):
+    """module(...) over one axis of a tensor."""
+    return module(tensor.movedim(axis, -1)).movedim(-1, axis)
+
+
+@functools.lru_cache(4)
+def peg(run, args):
+    """{name: tensor} of PEG's network, as deep as the ancestor, after half as many epochs."""
+    stage, device = f"peg-{args.size}", run.machine.device
+    state = made_elsewhere(args, stage)
+    task = None if state else whole_stream(run, args)
+    config = picked(AncestryConfig, args)
+    torch.manual_seed(args.seed)
+    net = backbone(config, [args.ancestry_depth], 0).to(device)
+    if not state:
+        net.load_state_dict(ancestor(run, args, args.size, task).state_dict(), strict=False)
+    head = new_head(net.width, len(state["head.bias"]) if state else task.num_classes)
+    net = Expansion(net, head, data.generator(args.seed, 13)).to(device)
+    if state:
+        load_weights(net, state, f"{args.ancestors}/{stage}.pt")
+    else:
+        images = args.ancestry_epochs / 2 * len(task.labels["train"])
+        identity = {**asdict(config), "depths": [args.ancestry_depth]}
+        optimise(run, args, stage, net, task, images, args.lr, identity)
+    return {name: tensor.detach() for name, tensor in net.weights().items()}
+
+
+@functools.lru_cache(4)
+def auto_layers(run, args):
+    """Auto-Learngene (Wang et al. 2023): the half of the ancestor's layers that descendants share.
+
+    A pseudo descendant of half the depth learns the stream by itself, for half as many epochs. Kept
+    are the layers of the ancestor whose tokens are most like those of one of its layers (A10).
+    """
+    stage, device = f"auto-{args.size}", run.machine.device
+    state = made_elsewhere(args, stage)
+    task, config = whole_stream(run, args), picked(AncestryConfig, args)
+    half = max(1, args.ancestry_depth // 2)
+    torch.manual_seed(args.seed)
+    pseudo = backbone(config, [half], task.num_classes).to(device)
+    if state:
+        load_weights(pseudo, state, f"{args.ancestors}/{stage}.pt")
+    else:
+        images = args.ancestry_epochs / 2 * len(task.labels["train"])
+        identity = {**asdict(config), "depths": [half]}
+        optimise(run, args, stage, pseudo, task, images, args.lr, identity)
+    x = task.normalise(task.examples("val", 500)[0])
+    theirs = tokens_of_layers(pseudo, x)
+    scores = []
+    for tokens in tokens_of_layers(ancestor(run, args, args.size, task), x):
+        scores.append(max(similarity(tokens, other) for other in theirs))
+    best = sorted(range(len(scores)), key=lambda l: -scores[l])[:half]
+    return sorted(best)
+
+
+@torch.no_grad()
+def tokens_of_layers(net, x):
+    """The tokens after each block of a ViT, [(B T, D)]."""
+    seen = []
+    hooks = [block.register_forward_hook(
+        lambda module, inputs, tokens: seen.append(tokens.flatten(0, 1))) for block in net.blocks]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def similarity(f, g):
+    """Linear CKA (Kornblith et al. 2019) of two features of n examples, (n, D) and (n, E)."""
+    f, g = f - f.mean(0), g - g.mean(0)
+    return float((f.T @ g).norm() ** 2 / ((f.T @ f).norm() * (g.T @ g).norm()))
+
+
 def made_elsewhere(args, stage):
     """The state of a network that --stage pretrain trained in --ancestors; None: make it here."""
     if not args.ancestors or published(args):
@@ -1120,8 +1224,10 @@ def made_elsewhere(args, stage):
     path = Path(args.ancestors) / f"{stage}.pt"
     saved = load_checkpoint(path, stage=stage) if path.exists() else {"step": 0, "steps": 1}
     if saved["step"] < saved["steps"]:
+        method = stage.partition("-")[0]
+        more = "" if method == "pretrain" else f" --method {method}"
         raise InputError(f"no finished {path.name} in --ancestors {args.ancestors}; make it there "
-                         f"by --stage pretrain --output {args.ancestors}")
+                         f"by --stage pretrain{more} --output {args.ancestors}")
     return saved["model"]
 
 
@@ -1444,7 +1550,7 @@ def check_method(args, method, depth):
     if method in ("prefine", "weight-selection") and depth > args.ancestry_depth:
         raise InputError(f"--method {method} cannot make {depth} layers of an ancestor with "
                          f"{args.ancestry_depth}; lower --depth or raise --ancestry-depth")
-    if not args.ancestors:
+    if not args.ancestors or method == "auto":
         stream_origin(args)
 
 
@@ -1540,8 +1646,9 @@ def pretrain(run, args):
         pretrained(run, args, args.size)
         if "weight-selection" in names(args.method):
             pretrained(run, args, LARGER[args.size])
-    if "tleg" in names(args.method):
-        tleg(run, args)
+    for method, train_it in (("tleg", tleg), ("peg", peg), ("auto", auto_layers)):
+        if method in names(args.method):
+            train_it(run, args)
 
 
 def selected(run, args, pool, task, depths):

@@ -1360,11 +1360,12 @@ def block_of(state, l):
 
 @pytest.mark.parametrize("method, depth, kept", [
     ("heur", 6, {3: 1, 4: 2, 5: 3}), ("heur", 4, {1: 1, 2: 2, 3: 3}), ("heur", 2, {0: 2, 1: 3}),     # the last three, on top
-    ("auto", 6, {0: 0, 1: 1}), ("auto", 4, {0: 0, 1: 1}), ("auto", 1, {0: 0}),                        # the first half, below
+    ("auto", 6, {0: 1, 1: 3}), ("auto", 4, {0: 1, 1: 3}), ("auto", 1, {0: 1}),                        # the chosen, below
     ("prefine", 4, {0: 0, 1: 1, 2: 2, 3: 3}), ("prefine", 2, {0: 0, 1: 1}), ("scratch", 3, {})])
 def test_what_is_kept_of_the_ancestor(method, depth, kept, monkeypatch):
     """The rest is random, and the same as without any ancestor; so is the head. The stem is the ancestor's."""
     state = random_state(4)
+    monkeypatch.setattr(al, "auto_layers", lambda *_: [1, 3])
     net, scratch = (initialised(m, depth, state, monkeypatch).state_dict() for m in (method, "scratch"))
     for l in range(depth):
         expected = block_of(state, kept[l]) if l in kept else block_of(scratch, l)
@@ -1435,10 +1436,17 @@ def test_weight_selection_takes_queries_from_queries(monkeypatch):
     torch.testing.assert_close(net.pos_embed.detach(), state["pos_embed"][:, :, picked])
 
 
-def test_heads_and_feed_forwards_of_peg_are_convex_mixtures(monkeypatch):
+def expansion(state, seed=0, depth=4):
+    net = small_vit(depth, 10)
+    net.load_state_dict(state)
+    net.head = nn.Identity()
+    return al.Expansion(net, al.new_head(32, 10), data.generator(seed))
+
+
+def test_heads_and_feed_forwards_of_peg_are_convex_mixtures():
     """An ancestor whose head i marks every fourth number (and layer l likewise) lets the mixture be read off: positive,
-    adding up to one. Two learngene heads (2/3 of 4) serve heads 1, 2 and 3, 4; two feed-forwards (1/2 of 4) the lower and
-    upper layers. Of the seed alone."""
+    adding up to one, another for every layer. Two learngene heads (2/3 of 4) serve heads 1, 2 and 3, 4; two feed-forwards
+    (1/2 of 4) the lower and upper layers. Of the seed alone; all else is the ancestor's."""
     state = random_state(4)
     for l in range(4):
         weight = torch.zeros(3, 4, 8, 32)
@@ -1448,27 +1456,31 @@ def test_heads_and_feed_forwards_of_peg_are_convex_mixtures(monkeypatch):
         for name in ("mlp.fc1.weight", "mlp.fc2.bias"):
             state[f"blocks.{l}.{name}"] = torch.zeros_like(state[f"blocks.{l}.{name}"])
             state[f"blocks.{l}.{name}"][..., l::4] = 1
-    net = initialised("peg", 6, state, monkeypatch)
-    for block in net.blocks:
-        p = block.attn.qkv.weight.detach().view(3, 4, 8, 8, 4)                     # q/k/v, head, row, repetition, ancestor's head
+    start = {name: p.detach() for name, p in expansion(state).weights().items()}
+    mixtures = []
+    for l in range(4):
+        p = start[f"blocks.{l}.attn.qkv.weight"].view(3, 4, 8, 8, 4)               # q/k/v, head, row, repetition, ancestor's head
         mixture = p[0, :, 0, 0]
         assert (p == mixture[None, :, None, None]).all() and (mixture > 0).all()
         assert mixture.sum(1).tolist() == pytest.approx([1] * 4)
         assert torch.equal(mixture[0], mixture[1]) and torch.equal(mixture[2], mixture[3])
         assert not torch.equal(mixture[0], mixture[2])
-    rows = torch.stack([block.mlp.fc1.weight.detach()[0, :4] for block in net.blocks])
-    assert rows.sum(1).tolist() == pytest.approx([1] * 6) and (rows > 0).all()
-    assert (rows[:3] == rows[0]).all() and (rows[3:] == rows[3]).all() and (rows[0] != rows[3]).any()
-    for block, row in zip(net.blocks, rows):
-        assert torch.equal(block.mlp.fc2.bias.detach().view(8, 4), row.expand(8, 4))
-    nearest = [0, 0, 1, 2, 2, 3]                             # norms and projections: of layer l * 4 // 6
-    assert all(torch.equal(net.blocks[l].attn.proj.weight, state[f"blocks.{nearest[l]}.attn.proj.weight"]) for l in range(6))
-    assert same(initialised("peg", 6, state, monkeypatch).state_dict(), net.state_dict())
-    other = initialised("peg", 6, state, monkeypatch, "--seed", "1")
-    assert not torch.equal(other.blocks[0].attn.qkv.weight, net.blocks[0].attn.qkv.weight)
+        mixtures.append(mixture)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(mixtures, 2))
+    rows = torch.stack([start[f"blocks.{l}.mlp.fc1.weight"][0, :4] for l in range(4)])
+    assert rows.sum(1).tolist() == pytest.approx([1] * 4) and (rows > 0).all()
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[2], rows[3]) and (rows[0] != rows[2]).any()
+    for l in range(4):
+        assert torch.equal(start[f"blocks.{l}.mlp.fc2.bias"].view(8, 4), rows[l].expand(8, 4))
+    copied = [n for n in state if "qkv" not in n and "mlp" not in n and not n.startswith("head")]
+    assert len(copied) == 4 * 6 + 5 and all(torch.equal(start[name], state[name]) for name in copied)
+    assert same(expansion(state).weights(), start)
+    other = expansion(state, seed=1).weights()
+    assert not torch.equal(other["blocks.0.attn.qkv.weight"], start["blocks.0.attn.qkv.weight"])
+    assert not torch.equal(other["blocks.0.mlp.fc1.weight"], start["blocks.0.mlp.fc1.weight"])
 
 
-def test_peg_of_equal_heads_and_layers_is_the_ancestor(monkeypatch):
+def test_peg_of_equal_heads_and_layers_is_the_ancestor():
     state = random_state(4)
     for l in range(4):
         for end, shape in (("weight", (3, 1, 8, 32)), ("bias", (3, 1, 8))):
@@ -1476,10 +1488,93 @@ def test_peg_of_equal_heads_and_layers_is_the_ancestor(monkeypatch):
             state[name] = state[name].view(3, 4, *shape[2:])[:, :1].expand(3, 4, *shape[2:]).reshape(state[name].shape)
         for name in ("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"):
             state[f"blocks.{l}.{name}"] = state[f"blocks.0.{name}"]
-    net = initialised("peg", 4, state, monkeypatch)
-    for name, p in net.named_parameters():
-        if not name.startswith("head."):
-            torch.testing.assert_close(p.detach(), state[name], atol=1e-5, rtol=1e-4)
+    for name, p in expansion(state).weights().items():
+        torch.testing.assert_close(p.detach(), state[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_mapping_of_peg_by_loops():
+    """Random numbers in both mappings: every number of a head, or of a layer, is the hidden layer's of its place."""
+    torch.manual_seed(0)
+    net = expansion(random_state(4))
+    for p in net.parameters():
+        nn.init.normal_(p)
+    genes, weights = dict(net.genes.named_parameters()), net.weights()
+
+    def mapped(module, column):
+        first, _, second = module
+        hidden = (first.weight @ column + first.bias).clamp(min=0)
+        return second.weight @ hidden + second.bias
+    assert genes["attn.qkv.weight"].shape == (4, 2, 3, 8 * 32) and genes["mlp.fc1.weight"].shape == (2, 128, 32)
+    for l, part, row, column in ((0, 0, 0, 0), (1, 2, 5, 7), (3, 1, 7, 31)):
+        heads = mapped(net.map_heads, genes["attn.qkv.weight"][l, :, part, 32 * row + column])
+        found = weights[f"blocks.{l}.attn.qkv.weight"].view(3, 4, 8, 32)[part, :, row, column]
+        torch.testing.assert_close(found, heads)
+    for row, column in ((0, 0), (127, 31), (64, 3)):
+        layers = mapped(net.map_layers, genes["mlp.fc1.weight"][:, row, column])
+        found = torch.stack([weights[f"blocks.{l}.mlp.fc1.weight"][row, column] for l in range(4)])
+        torch.testing.assert_close(found, layers)
+    x = torch.randn(3, 3, 32, 32)
+    plain = small_vit(4)
+    plain.load_state_dict({**weights, **{f"head.{n}": p for n, p in net.head.state_dict().items()}})
+    torch.testing.assert_close(net(x), plain(x), atol=1e-5, rtol=1e-4)
+
+
+def test_peg_trains_its_learngenes_and_its_mapping(cache, tmp_path):
+    """--stage pretrain --method peg: half of the ancestor's steps move all of it; a deeper descendant has, in each layer,
+    what the nearest has become."""
+    al.main(flags(cache, tmp_path, "--stage pretrain --method peg"))
+    start = torch.load(tmp_path / "pretrain-drawn-tiny.pt", weights_only=True)["model"]
+    saved = torch.load(tmp_path / "peg-drawn-tiny.pt", weights_only=True)
+    assert saved["steps"] == 3
+    net = small_vit(2)
+    net.load_state_dict(start)
+    net.head = nn.Identity()
+    net = al.Expansion(net, al.new_head(32, 10), data.generator(0, 13))
+    assert not any(torch.equal(p, saved["model"][name]) for name, p in net.named_parameters())
+    net.load_state_dict(saved["model"])
+    weights = net.weights()
+    args = al.settings(flags(cache, tmp_path))
+    made, scratch = (al.initialise(run_in(tmp_path), args, method, None, [5], 7, None, None)[0] for method in ("peg", "scratch"))
+    for l, nearest in enumerate((0, 0, 0, 1, 1)):
+        for name, p in made.blocks[l].named_parameters():
+            assert torch.equal(p, weights[f"blocks.{nearest}.{name}"])
+    assert torch.equal(made.pos_embed, weights["pos_embed"]) and torch.equal(made.head.weight, scratch.head.weight)
+
+
+def test_linear_cka_is_that_of_gram_matrices():
+    """<K, L> / (|K| |L|) of centred Gram matrices; 1 for turned and scaled features, small for unrelated ones."""
+    torch.manual_seed(0)
+    f, g = torch.randn(50, 6) + 2, torch.randn(50, 4)
+    H = torch.eye(50) - 1 / 50
+    K, L = H @ f @ f.T @ H, H @ g @ g.T @ H
+    assert al.similarity(f, g) == pytest.approx(float((K * L).sum() / (K.norm() * L.norm())), rel=1e-4)
+    turned = 3 * f @ torch.linalg.qr(torch.randn(6, 6))[0] + 1
+    assert al.similarity(f, turned) == pytest.approx(1, abs=1e-4) and al.similarity(f, g) < 0.4
+
+
+def test_auto_keeps_the_layers_like_a_pseudo_descendants(cache, tmp_path, monkeypatch):
+    """The pseudo descendant has half the layers and half the steps. Of four layers, the two that are most like one of its
+    layers are kept, in their order, whatever they are like on average."""
+    al.main(flags(cache, tmp_path, "--stage pretrain --method auto --ancestry-depth 4"))
+    saved = torch.load(tmp_path / "auto-drawn-tiny.pt", weights_only=True)
+    assert saved["steps"] == 3 and sum(name.endswith("qkv.weight") for name in saved["model"]) == 2
+    args = al.settings(flags(cache, tmp_path, "--ancestry-depth 4"))
+    like = [(0.5, 0.5), (0.0, 0.8), (0.6, 0.6), (0.9, 0.0)]
+    monkeypatch.setattr(al, "similarity", lambda f, g: like[f][g])
+    seen = iter([range(2), range(4)])                        # the pseudo descendant's layers, then the ancestor's
+    monkeypatch.setattr(al, "tokens_of_layers", lambda net, x: next(seen))
+    assert al.auto_layers(run_in(tmp_path), args) == [1, 3]
+
+
+def test_tokens_of_layers():
+    torch.manual_seed(0)
+    net, x = small_vit(3), torch.randn(5, 3, 32, 32)
+    seen = al.tokens_of_layers(net, x)
+    tokens = net.patch_embed(x) + net.pos_embed
+    for block, found in zip(net.blocks, seen):
+        tokens = block(tokens)
+        torch.testing.assert_close(found, tokens.flatten(0, 1))
+    assert len(seen) == 3 and len(al.tokens_of_layers(net, x)) == 3
 
 
 class Ten:
@@ -1799,7 +1894,7 @@ def test_every_method_under_one_schedule(cache, made, tmp_path):
     assert all((r["learngenes"] is not None) == (r["method"] in al.OURS) for r in results)
     assert [r["draw"] for r in results if r["method"] == "random"] == [0, 1, 2, 3, 4]
     networks = {f.name: f.read_bytes() for f in tmp_path.glob("*.pt")}
-    assert {"pretrain-drawn-tiny.pt", "pretrain-drawn-small.pt", "tleg-drawn-tiny.pt"} < set(networks)
+    assert {f"{stage}.pt" for stage in ("pretrain-drawn-tiny", "pretrain-drawn-small", "tleg-drawn-tiny", "peg-drawn-tiny", "auto-drawn-tiny")} < set(networks)
     al.main(argv)
     assert (tmp_path / "log.jsonl").read_text() == log
     assert {f.name: f.read_bytes() for f in tmp_path.glob("*.pt")} == networks
