@@ -1134,7 +1134,7 @@ class Expansion(nn.Module):
 
 
 def mapping(few, many):
-    """`few` numbers -> `many` by a hidden layer. At first it repeats them: x = relu(x) - relu(-x)."""
+    """`few` numbers -> `many`, by a hidden layer. At first it repeats them: relu(x) - relu(-x)."""
     first, second = nn.Linear(few, 2 * many), nn.Linear(2 * many, many)
     repeat = F.one_hot(torch.arange(many) * few // many, few).float()
     with torch.no_grad():
