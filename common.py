@@ -93,7 +93,7 @@ def check_sizes(what, sizes, may_be_zero=()):
 # depth L. The second row is the drawn data's: the same three roles, at widths that two CPU cores can train.
 VIT_SIZES = {
     "tiny": (192, 3), "small": (384, 6), "base": (768, 12),
-    "drawn-tiny": (32, 4), "drawn-small": (48, 6), "drawn-base": (64, 8),
+    "drawn-tiny": (32, 4), "drawn-small": (48, 6), "drawn-base": (96, 12),
 }
 
 

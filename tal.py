@@ -97,7 +97,7 @@ def sample_architecture(dataset, rng):
         heads = width // 8
     elif dataset == "drawn+":
         depth = rng.choice((2, 3, 4, 6, 8))
-        width = rng.randrange(32, 73, 8)
+        width = rng.randrange(32, 97, 8)
         heads = width // 8
     else:
         raise common.unknown("architecture dataset", dataset, ARCHITECTURE_DATASETS)
@@ -1149,9 +1149,10 @@ def tal_step(hypernet, config, task, x, y, I, objective, machine):
     weights = {f"net.{name}": w for name, w in weights.items()}
     with machine.autocast():
         logits, E_train = functional_call(net, weights, (task.normalise(x),), strict=True)
+        soft = objective.soft and ancestry.knows(task)
         with torch.no_grad():
-            E_anc = ancestry(x, task) if ancestry else None
-            if objective.soft and ancestry.knows(task):
+            E_anc = ancestry(x, task) if alpha or soft else None
+            if soft:
                 y = soft_labels(y, ancestry.heads[task.name](E_anc))
     cls = loss_cls(y, logits.float())
     aux = torch.zeros_like(cls)
@@ -1294,20 +1295,20 @@ def customize(hypernet, config, I, num_classes):
 class TAL:
     """A trained TAL at use.
 
-    hypernet: made ready, in place, for sizes that it was not trained on (D19)
+    hypernet: its untrained basis rows are quieted, in place, if `quiet` says so (D19)
     ancestry: or None, where nothing asks for it (LoGAH, GHN-3) or its file is gone
     embeddings: {name of a tuned task: I (t,)}
     tasks: {name of a trained task: (number of its classes, fingerprint of its content)}
     trained: the Settings that it was trained with
     """
-    def __init__(self, hypernet, ancestry, embeddings, tasks, trained):
+    def __init__(self, hypernet, ancestry, embeddings, tasks, trained, quiet=True):
         self.hypernet = hypernet.requires_grad_(False)
         self.ancestry = ancestry
         self.embeddings = embeddings
         self.tasks = tasks
         self.trained = trained
         self.device = next(hypernet.parameters()).device
-        if isinstance(hypernet.decoder, LowRankDecoder):
+        if quiet and isinstance(hypernet.decoder, LowRankDecoder):
             hypernet.decoder.quiet_untrained_rows(self.trained_roles())
 
     def trained_roles(self):
@@ -1383,11 +1384,12 @@ class TAL:
         return data.load(name, trained.data_dir, trained.image_size)
 
 
-def load(path, device="cpu", ancestry=None):
+def load(path, device="cpu", ancestry=None, quiet=True):
     """A trained TAL from a run's directory (tune.pt if that is finished, else pretrain.pt), or from
     such a file. Nothing in it is executed.
 
     ancestry: its file, where that is neither where it was in training nor beside the TAL.
+    quiet: whether networks wider than any that it was trained on start quietly (D19).
     """
     path = Path(path)
     files = [path / "tune.pt", path / "pretrain.pt"] if path.is_dir() else [path]
@@ -1405,7 +1407,7 @@ def load(path, device="cpu", ancestry=None):
     for place in (ancestry, trained.ancestry, file.parent / "ancestry.pt"):
         if embeddings and teacher is None and place and (place == ancestry or Path(place).exists()):
             teacher = read_ancestry(place, input_shape(trained)).to(device)
-    return TAL(hypernet.to(device), teacher, embeddings, extra["tasks"], trained)
+    return TAL(hypernet.to(device), teacher, embeddings, extra["tasks"], trained, quiet)
 
 
 def finished(path, **expected):
@@ -1489,11 +1491,13 @@ FLAGS = {
     "tuning": [
         ("--tune-tasks", str, (",".join(data.DECATHLON), ",".join(REAL_TASKS)),
          "tasks to tune on (Sec. 5.1); a single one is TAL-st of Table 7"),
-        # D17: the drawn preset keeps Eq. (6), because its ancestry knows the tasks
-        ("--tune-alpha", share, (0.5, 0.0),
+        ("--tune-alpha", share, 0.0,
          "alpha while tuning; Eq. (7): \"typically the cross-entropy\", authors' code: 0"),
     ],
     "ancestry": [
+        # D15: broad, and without the tasks that TAL is tuned on
+        ("--ancestry-tasks", str, (f"{data.BASE},{data.WIDE}", ""),
+         "tasks of one that is trained here; the paper's knows ImageNet"),
         ("--ancestry-size", THREE_SIZES, ("64x4x8", "768x12x12"),
          "WIDTHxDEPTHxHEADS of one that is trained here; paper: ViT-Base"),
         ("--ancestry-lr", amount, (2e-3, 1e-3), "peak learning rate"),
@@ -1503,6 +1507,9 @@ FLAGS = {
          "of the network for train and customize: a name, or WIDTHxHEADS"),
         ("--depth", positive, (3, 12), "its layers"),
         ("--train-lr", amount, (2e-3, 1e-3), "peak learning rate of further training"),
+        ("--quiet", bool, False,
+         "a network wider than any that TAL was trained on starts with quiet channels (D19); "
+         "customize: always"),
         ("--source", ["tune", "pretrain"], "tune",
          "hypernetwork that train predicts from; LoGAH in Table 5: pretrain"),
     ],
@@ -1531,6 +1538,7 @@ TEXT_DEFAULTS = {
     "--ancestry-epochs": (8.0, 0.0),
     "--pretrain-epochs": 0.0,                                # D22: Sec. 5.2 tells of one training
     "--tune-epochs": (6.0, 100.0),                           # Sec. 5.2; LoGAH there: 250, drawn 15
+    "--ancestry-tasks": (",".join(data.GRAMMAR), ""),        # D21
     "--tune-alpha": (0.9, 0.0),                              # D21: chosen on val
     "--base-task": "",
     "--tune-tasks": (",".join(data.GRAMMAR), "mrpc,cola,rte,imdb"),
@@ -1544,7 +1552,7 @@ def settings(argv=None):
     args = common.parse_flags(__doc__, FLAGS, DEFAULTS, argv)
     defaults = DEFAULTS | TEXT_DEFAULTS if args.modality == "text" else dict(DEFAULTS)
     if args.stage == "customize":
-        defaults["--train-epochs"] = 0.0
+        defaults |= {"--train-epochs": 0.0, "--quiet": True}
     args = common.parse_flags(__doc__, FLAGS, defaults, argv)
     check_settings(args)
     if args.method not in ("tal", "tal+") or args.without == "ancestry":
@@ -1674,11 +1682,11 @@ def obtain_ancestry(run, args):
         ancestry = read_ancestry(args.ancestry, shape, run.print)
     elif args.stage != "ancestry" and finished(path, ancestry_size=args.ancestry_size):
         ancestry = read_ancestry(path, shape, run.print)
-    elif args.ancestry_epochs:
+    elif args.ancestry_epochs and args.ancestry_tasks:
         ancestry = train_ancestry(run, args)
     else:
         raise InputError("there is no ancestry; give one by --ancestry FILE, or say "
-                         "--ancestry-epochs to train one")
+                         "--ancestry-epochs and --ancestry-tasks to train one")
     return ancestry.to(run.machine.device).eval().requires_grad_(False)
 
 
@@ -1734,8 +1742,7 @@ def train_ancestry(run, args):
     """The ancestry of the drawn data (D15): one encoder, a head per task, one task per step as
     while tuning. For text it is a language model besides (D21)."""
     machine, is_text = run.machine, args.modality == "text"
-    names = data.GRAMMAR if is_text else [data.BASE, *data.DECATHLON]
-    tasks = list(data.load_tasks(names, args, machine).values())
+    tasks = list(data.load_tasks(split(args.ancestry_tasks), args, machine).values())
     classes = {task.name: task.num_classes for task in tasks}
     width, depth, heads = map(int, args.ancestry_size.split("x"))
     config = configuration(input_shape(args), width, depth, heads)
@@ -1804,7 +1811,7 @@ def obtain(run, args, stage):
     made now, as far as that is still to do.
     """
     if args.stage not in ("pretrain", "tune") and finished(run[stage]):
-        model = load(run[stage], run.machine.device, args.ancestry)
+        model = load(run[stage], run.machine.device, args.ancestry, args.quiet)
         check_trained(model.trained, args)
         tell_trained(run, model.trained)
         return model
@@ -1813,7 +1820,7 @@ def obtain(run, args, stage):
         ancestry = obtain_ancestry(run, args)
     make = pretrain if stage == "pretrain" else tune
     hypernet, tasks, embeddings = make(run, args, ancestry)
-    return TAL(hypernet, ancestry, embeddings, described(tasks), args)
+    return TAL(hypernet, ancestry, embeddings, described(tasks), args, args.quiet)
 
 
 def pretrain(run, args, ancestry):

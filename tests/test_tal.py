@@ -73,7 +73,7 @@ def bytes_of(*shape):
     ("ViTs-1K", (3, 9), (128, 512), [(4, 384, 3), (5, 256, 8), (9, 224, 8)], "2a1f7df6e6360916"),
     ("ViTs+-1K", (3, 12), (192, 768), [(5, 768, 3), (7, 256, 8), (10, 640, 8)], "13d983c3b1e878eb"),
     ("drawn", (2, 6), (32, 56), [(3, 32, 4), (3, 32, 4), (4, 56, 7)], "a661f5149a8b8986"),
-    ("drawn+", (2, 8), (32, 72), [(3, 64, 8), (2, 48, 6), (2, 56, 7)], "d1d855b8dc6d1cec")])
+    ("drawn+", (2, 8), (32, 96), [(3, 40, 5), (4, 40, 5), (6, 88, 11)], "c6d68123629212fe")])
 def test_architecture_datasets(dataset, depths, widths, first, digest):
     """A thousand each, within the released ranges up to both ends, the same on every machine."""
     random.seed(3)
@@ -1148,11 +1148,11 @@ def test_ablations_and_options_run(flags, check, drawn, tuned, tmp_path):
 
 
 def test_the_log_of_a_hypernetwork(tuned):
-    """loss = alpha aux + (1 - alpha) cls + the norms, alpha 0.5; the drawn task's loss beside it; every tenth
-    of the run (of four steps: each) the accuracy of an untrained network on every task."""
-    for stage in ("pretrain", "tune"):
+    """loss = alpha aux + (1 - alpha) cls + the norms, alpha 0.5 and, while tuning, 0; the drawn task's loss
+    beside it; every tenth of the run (of four steps: each) the accuracy of an untrained network on every task."""
+    for stage, alpha in (("pretrain", 0.5), ("tune", 0.0)):
         for r in log_of(tuned, stage):
-            rest = r["loss"] - 0.5 * r["loss_aux"] - 0.5 * r["loss_cls"]
+            rest = r["loss"] - alpha * r["loss_aux"] - (1 - alpha) * r["loss_cls"]
             assert 0 < rest < 0.05, r                        # 3e-5 times the sum of the norms
             (task,) = [name for name in r if name.startswith("loss ")]
             assert r[task] == pytest.approx(r["loss"])
