@@ -329,11 +329,12 @@ def optimise(run, args, stage, net, task, images, lr, identity, forward=None, te
             y = y.masked_fill(y == data.IGNORED, -100)     # cross_entropy's word for it
         elif args.recipe == "deit":
             x, y = data.mixed(x, y, task.num_classes, args.seed, step)
-        with machine.autocast():
-            if teacher is not None:
-                y = teacher(x).float().softmax(-1)
-            y_hat = forward(x, step) if forward else net(x)
-        job.update(loss_ce(y, y_hat.float()))
+        for x, y in job.parts(x, y):
+            with machine.autocast():
+                if teacher is not None:
+                    y = teacher(x).float().softmax(-1)
+                y_hat = forward(x, step) if forward else net(x)
+            job.update(loss_ce(y, y_hat.float()))
         if measure is not None and job.step in points:
             run.log(stage, step=job.step, images=job.step * args.batch_size, val=measure())
 

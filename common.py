@@ -430,7 +430,7 @@ def start_training(run, args, stage, net, groups, steps, identity, extra=None):
     return Training(
         run, stage, net, groups, steps,
         warmup=round(args.warmup * steps), clip=args.clip, identity=identity, extra=extra,
-        batch_size=args.batch_size, save_every=args.save_every, unit=unit)
+        batch_size=args.batch_size, save_every=args.save_every, unit=unit, accumulate=args.accumulate)
 
 
 class Training:
@@ -442,15 +442,15 @@ class Training:
     extra: plain values stored beside the weights.
     batch_size: examples per step over all processes, for log and progress bar alone; unit: what they are. A
     line of the log comes every LOG_EVERY steps, or `save_every` if that is less. A finished stage yields no
-    steps.
+    steps. accumulate: parts in which `parts` gives a batch.
     """
 
     def __init__(self, run, stage, net, groups, steps, warmup=0, clip=None, identity=None, extra=None,
-                 batch_size=1, save_every=250, unit="images"):
+                 batch_size=1, save_every=250, unit="images", accumulate=1):
         self.run, self.stage, self.net = run, stage, net
         self.total, self.warmup, self.clip = steps, warmup, clip
         self.identity, self.extra = identity or {}, extra or {}
-        self.batch_size, self.unit = batch_size, unit
+        self.batch_size, self.unit, self.accumulate = batch_size, unit, accumulate
         self.log_every = min(LOG_EVERY, save_every)
         self.save_every = save_every // self.log_every * self.log_every
         self.peaks = [group["lr"] for group in groups]
@@ -465,6 +465,8 @@ class Training:
         self.step = 0
         self.skipped = torch.zeros((), device=machine.device)       # bad steps, of which nothing finite came
         self.bad_in_a_row = 0
+        self.share, self.first, self.last = 1.0, True, True         # of the batch: this part's
+        self.values = {}                                            # of what is logged, over this batch
         self.sums, self.counts = {}, {}                             # of what is logged, since the last line
         if run[stage].exists():
             self.resume()
@@ -503,16 +505,39 @@ class Training:
         if self.run.machine.world > 1:
             dist.barrier()                      # nobody looks for the checkpoint before rank 0 has written it
 
+    def parts(self, x, y):
+        """The examples (x, y) of a batch in --accumulate parts, for networks whose activations of the whole
+        batch do not fit a GPU. update() after each adds its gradient, after the last it makes the step.
+
+        A part counts by its share of what cross_entropy takes a mean over: examples, or pixels whose label is
+        not -100. The gradient is then the whole batch's, but for the order of the sum.
+        """
+        pieces = list(zip(x.chunk(self.accumulate), y.chunk(self.accumulate)))
+        for number, (x_part, y_part) in enumerate(pieces, 1):
+            self.share = len(x_part) / len(x)
+            if y.ndim > 2:
+                self.share = (y_part != -100).sum() / (y != -100).sum()
+            self.first, self.last = number == 1, number == len(pieces)
+            yield x_part, y_part
+
     def update(self, loss, **values):
-        """One optimiser step on `loss`; `values`, numbers or 0-dim tensors, are logged.
+        """One optimiser step on `loss`, of `parts` only after the last; `values`, numbers or 0-dim tensors,
+        are logged.
 
         Does not wait for the device.
         """
+        if self.first:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.values = {}
+        self.scaler.scale(self.share * loss).backward()
+        for name, value in {"loss": loss, **values}.items():
+            value = value.detach().float() if torch.is_tensor(value) else value
+            self.values[name] = self.values.get(name, 0) + self.share * value
+        if not self.last:
+            return
         factor = cosine_lr(self.step, self.total, self.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
         if self.run.machine.world > 1:
             average_gradients(self.params, self.run.machine.world)
         self.scaler.unscale_(self.optimizer)
@@ -522,14 +547,12 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.half else 1.0)
         self.step += 1
-        self.count(torch.isfinite(loss.detach()) & torch.isfinite(norm), loss=loss, **values)
+        self.count(torch.isfinite(self.values["loss"]) & torch.isfinite(norm), self.values)
 
     @torch.no_grad()
-    def count(self, finite, **values):
+    def count(self, finite, values):
         """Adds values to the sums of the next log line, unless the step was bad."""
         for name, value in values.items():
-            if torch.is_tensor(value):
-                value = value.detach().float()
             value = torch.where(finite, value, 0.0)
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + finite
@@ -973,6 +996,7 @@ SHARED = {
         ("--threads", whole, (1, 0), "CPU threads, 0 for all; drawn networks gain nothing from a second one"),
         ("--return-memory", bool, False, "to the system once freed, on Linux; keeping it is faster"),
         ("--workers", positive, 2, "threads that draw, processes that read folders"),
+        ("--accumulate", positive, 1, "parts of a batch, one after another, where memory is short"),
         ("--save-every", positive, (250, 300), "steps between checkpoints"),
     ],
     "data": [

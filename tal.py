@@ -1239,20 +1239,23 @@ def train_hypernet(run, stage, args, hypernet, tasks, embeddings, objective, epo
         x, y = task.batch(
             "train", visit, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
         rng = random.Random(f"{args.seed} {stage} {step} 0")         # 0: all processes draw alike
-        losses, losses_cls, losses_aux = [], [], []
-        for config in rng.sample(archs, args.meta_batch):
-            loss, cls, aux = tal_step(hypernet, config, task, x, y, I, objective, machine)
-            losses.append(loss)
-            losses_cls.append(cls)
-            losses_aux.append(aux)
-        task_loss = meta_batch_loss(losses)                          # Eq. (1)
-        loss = multi_task_loss([task_loss])                          # Eq. (7): one task per step
-        logged = {"loss_cls": meta_batch_loss(losses_cls), "loss_aux": meta_batch_loss(losses_aux)}
-        logged[f"loss {task.name}"] = loss
+        configs = rng.sample(archs, args.meta_batch)
+        measured = {}
         if (step + 1) * 10 // steps > step * 10 // steps:            # another tenth of the run
             config = asked_architecture(args)
-            logged |= val_accuracies(hypernet, config, tasks, embeddings, machine.device)
-        job.update(loss, **logged)
+            measured = val_accuracies(hypernet, config, tasks, embeddings, machine.device)
+        for x, y in job.parts(x, y):
+            losses, losses_cls, losses_aux = [], [], []
+            for config in configs:
+                loss, cls, aux = tal_step(hypernet, config, task, x, y, I, objective, machine)
+                losses.append(loss)
+                losses_cls.append(cls)
+                losses_aux.append(aux)
+            task_loss = meta_batch_loss(losses)                      # Eq. (1)
+            loss = multi_task_loss([task_loss])                      # Eq. (7): one task per step
+            logged = {"loss_cls": meta_batch_loss(losses_cls), f"loss {task.name}": loss}
+            logged["loss_aux"] = meta_batch_loss(losses_aux)
+            job.update(loss, **logged, **measured)
 
 
 def described(tasks):
@@ -1763,12 +1766,13 @@ def train_ancestry(run, args):
         task = tasks[drawn]
         x, y = task.batch(
             "train", visit, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
-        with machine.autocast():
-            logits, following = ancestry_outputs(ancestry, task, task.normalise(x))
-        loss = cls = loss_cls(y, logits.float())
-        if is_text:                                          # D21: half next tokens, half classes
-            loss = (cls + language_loss(x, following.float())) / 2
-        job.update(loss, loss_cls=cls)
+        for x, y in job.parts(x, y):
+            with machine.autocast():
+                logits, following = ancestry_outputs(ancestry, task, task.normalise(x))
+            loss = cls = loss_cls(y, logits.float())
+            if is_text:                                      # D21: half next tokens, half classes
+                loss = (cls + language_loss(x, following.float())) / 2
+            job.update(loss, loss_cls=cls)
     accuracies = []
     for task in tasks:
         percent = accuracy(
@@ -2091,9 +2095,10 @@ def train_on(run, args, stage, net, task, steps, source):
     for step in job.steps():
         x, y = task.batch(
             "train", step, args.batch_size, args.seed, args.recipe, machine.rank, machine.world)
-        with machine.autocast():
-            logits = net(task.normalise(x))
-        job.update(loss_cls(y, logits.float()))
+        for x, y in job.parts(x, y):
+            with machine.autocast():
+                logits = net(task.normalise(x))
+            job.update(loss_cls(y, logits.float()))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 import torchvision
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -334,11 +335,50 @@ def test_speed_is_that_of_the_last_interval(tmp_path, monkeypatch):
 
 
 def test_start_training_takes_the_flags(tmp_path):
-    args = Settings(dict(warmup=0.1, clip=0.5, batch_size=32, save_every=7, modality="text"))
+    args = Settings(dict(warmup=0.1, clip=0.5, batch_size=32, save_every=7, modality="text", accumulate=4))
     net = two_layers()
     run, groups = Run(tmp_path, {}, CPU), parameter_groups(net, 1e-2, 0.1)
     job = common.start_training(run, args, "tiny", net, groups, 50, {})
     assert (job.warmup, job.clip, job.batch_size, job.save_every, job.unit) == (5, 0.5, 32, 6, "texts")
+    assert job.accumulate == 4
+
+
+def classifier(folder, accumulate, y, stop_at=None):
+    """Six steps on 10 examples, in parts; y: classes (10,), probabilities (10, 3) or pixels (10, 4, 4)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1))
+    job = Training(Run(folder, {}, CPU), "tiny", net, parameter_groups(net, 1e-2, 0.1), 6, clip=0.05,
+                   batch_size=10, save_every=2, accumulate=accumulate)
+    for step in job.steps():
+        images = torch.randn(10, 1, 4, 4, generator=torch.Generator().manual_seed(step))
+        for x, part in job.parts(images, y):
+            z = net(x)
+            loss = F.cross_entropy(z if y.ndim > 2 else z.mean((2, 3)), part)
+            if step == stop_at and job.last:
+                raise KeyboardInterrupt
+            job.update(loss, twice=2 * loss)
+    return net, log_of(folder, "tiny")
+
+
+@pytest.mark.parametrize("kind", ["classes", "soft", "pixels"])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(kind, tmp_path):
+    """Three parts of 10 are 4, 4 and 2; labelled pixels are few in the first."""
+    y = torch.arange(10) % 3
+    if kind == "soft":
+        y = torch.rand(10, 3, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    if kind == "pixels":
+        y = torch.randint(3, (10, 4, 4), generator=torch.Generator().manual_seed(1))
+        y[:4, 1:] = -100
+    whole, log = classifier(tmp_path / "whole", 1, y)
+    parts, its_log = classifier(tmp_path / "parts", 3, y)
+    for a, b in zip(whole.parameters(), parts.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert [r["loss"] for r in its_log] == pytest.approx([r["loss"] for r in log], rel=1e-4)
+    assert [r["twice"] for r in its_log] == pytest.approx([r["twice"] for r in log], rel=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        classifier(tmp_path / "stopped", 3, y, stop_at=3)
+    classifier(tmp_path / "stopped", 3, y)
+    assert_same_run(tmp_path / "stopped", tmp_path / "parts", "tiny")
 
 
 @pytest.mark.parametrize("stops", [(0,), (3,), (4,), (5,), (22,), (1, 4, 4, 9, 17)])
