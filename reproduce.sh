@@ -3,35 +3,47 @@
 #
 #   bash reproduce.sh                      everything, on drawn data: no download, two CPU cores are enough
 #   bash reproduce.sh tal-2 al-4           only these parts, and what they need
+#   bash reproduce.sh headline             what the headline claims rest on: about an hour
 #   bash reproduce.sh --dry-run [PART...]  lists the commands and how long they take, runs none
+#   bash reproduce.sh --cell NAME          only the cell of that name; it waits for what it needs
 #   SMOKE=1 bash reproduce.sh [PART...]    the same commands on almost no data, to see that they run
 #   DATA=/data ANCESTRY=vit_base.safetensors bash reproduce.sh paper [PART...]
 #                                          the papers' datasets and settings: GPU-weeks (docs/full_scale.md)
+#   bash reproduce.sh paper --check        what of that is there, what is missing, hours per table
 #
 # Parts: tal-1 ... tal-9 tal-fig3, al-1 ... al-4 al-fig3 al-fig4 (the papers' tables and figures, "al" being
-#        Adaptive-Learngene), alternatives (what else the same cost buys); and, only when named, al-pool
-#        (checks of pool and selector that no table shows), data (contact sheet and difficulty of the tasks).
+#        Adaptive-Learngene), alternatives (what else the same cost buys; in paper only when named); and,
+#        only when named, headline, al-pool (checks of pool and selector that no table shows), data (contact
+#        sheet and difficulty of the tasks).
 #
-# Two commands run at a time (JOBS=2), one thread each. Started again, it goes on where it was stopped; what
-# two tables share is made once. To stay below two hours on two cores, only TAL and LoGAH, and
+# Two commands run at a time (JOBS=2), one thread each; in paper one on every GPU, or with GPUS=N each under
+# torchrun on N of them. Started again, it goes on where it was stopped; what two tables share is made once.
+# Cells of two states of the code are not put into one table, unless MIXED=1 says so. To stay below two hours on two cores, only TAL and LoGAH, and
 # Adaptive-Learngene and its baselines at Small, have three seeds (SEEDS="0 1 2"); all else has one (ONCE=0).
 set -euo pipefail
 cd "$(dirname "$0")"
 
 all_parts="tal-2 tal-1 tal-3 tal-4 tal-5 tal-6 tal-7 tal-8 tal-9 tal-fig3"
 all_parts+=" al-1 al-2 al-3 al-4 al-fig3 al-fig4 alternatives"
-only_when_named="al-pool data"
+only_when_named="headline al-pool data"
 
 mode=drawn
-dry_run=""
+action=run # or dry-run, list, check
+cell=""
 parts=""
-for word in "$@"; do
+while (($#)); do
+    word=$1
+    shift
     case $word in
     -h | --help)
         sed -n '2,/^set/ { /^set/d; s/^# \{0,1\}//; p }' reproduce.sh
         exit
         ;;
-    --dry-run) dry_run=yes ;;
+    --dry-run | --list | --check) action=${word#--} ;;
+    --cell)
+        cell=${1:?error: --cell needs a name}
+        shift
+        ;;
     paper) mode=paper ;;
     *)
         if [[ " $all_parts $only_when_named " != *" $word "* ]]; then
@@ -59,6 +71,14 @@ setting() { # setting NAME DRAWN PAPER
     fi
 }
 
+if [[ $action == check ]]; then
+    mode=paper
+    DATA=${DATA:-data}
+    ANCESTRY=${ANCESTRY:-vit_base.safetensors}
+fi
+if [[ $mode == paper ]]; then
+    all_parts=${all_parts/ alternatives/}
+fi
 if [[ $mode == paper && ! (${DATA:-} && ${ANCESTRY:-}) ]]; then
     echo "error: paper needs DATA=, the folder of the datasets, and ANCESTRY=, a published ViT-Base" >&2
     exit 2
@@ -85,10 +105,12 @@ setting sizes             drawn-                                ""
 setting swin              drawn-swin                            swin_t
 setting swin_stream       "--stream wide/5 --ancestry-epochs 5" ""
 setting ancestry_size     base-4                                base-12
+setting curve_size        small                                 base
+setting ablation_sizes    small                                 "small base"
 setting unseen_sizes      small-3                               "tiny-3 small-6"
-setting small_sizes       "small-3 small-6 small-9"             "small-6 small-9 small-12"
-setting tiny_sizes        ""                                    "tiny-6 tiny-9 tiny-12"
-setting base_sizes        ""                                    "base-6 base-7 base-8 base-9 base-10 base-12"
+setting depths \
+    "small-3 small-6 small-9" \
+    "$(echo {tiny,small}-{6,9,12} base-{6..12})"
 
 # Tasks
 setting base              base                                  imagenet
@@ -96,6 +118,7 @@ setting nine \
     "aircraft objects pedestrian textures signs glyphs digits motion flowers" \
     "aircraft cifar100 daimlerpedcls dtd gtsrb omniglot svhn ucf101 vgg-flowers"
 setting decathlon         ""                                    decathlon/
+setting nine_split        ""                                    "--split val"
 setting every_third       "aircraft textures digits"            "aircraft dtd svhn"
 setting unseen            clothing,faces,lesions                fashion-mnist,fer2013,ham10000
 setting texts \
@@ -104,6 +127,9 @@ setting texts \
 setting near              kinds,variety,tail                    cifar10,cifar100,food101
 setting others            textures,aircraft,flowers             cars,flowers102-trainval
 setting sixth             ""                                    inaturalist2019
+setting few_of            "$near"                               "$near,$sixth"
+setting few               "1 2 3"                               "1 2 3 4"
+setting draws_of          "$near"                               cifar10,flowers102-trainval
 setting curve             variety                               cifar100
 setting wide              wide                                  imagenet
 setting scenes            scenes                                ade20k
@@ -120,7 +146,10 @@ setting six_length        "--train-images 8000"                 "--train-epochs 
 setting six_tiny_length   "--train-images 4000"                 "--train-epochs 500"
 setting sixth_length      ""                                    "--train-epochs 100"
 setting wide_length       "--train-images 8000"                 "--train-epochs 50"
+setting wide_scratch      "--train-images 8000"                 "--train-epochs 100"
+setting wide_share        "--reward-share 0.01"                 ""
 setting scenes_length     "--train-images 4000"                 "--train-epochs 50"
+setting scenes_batch      ""                                    "--batch-size 16 --train-lr 1e-4"
 setting ablation_length   "--train-images 8000"                 "--train-epochs 100"
 setting curve_length      "--train-images 16000"                "--train-epochs 300"
 setting swin_length       "--train-images 8000"                 "--train-epochs 300"
@@ -162,14 +191,18 @@ hypernetworks() { # hypernetworks METHOD...: pretrained and tuned; their network
     for method in "$@"; do
         for seed in $(seeds_of "$method"); do
             case $method in
-            tal) tal 6.0 "tal-s$seed" --stage evaluate --seed "$seed" ;;
-            tal+) tal 8.0 "tal+-s$seed" --stage evaluate --seed "$seed" --method tal+ ;;
-            logah) tal 4.8 "logah-s$seed" --stage evaluate --seed "$seed" --method logah ;;
-            ghn3) tal 6.6 "ghn3-s$seed" --stage evaluate --seed "$seed" --method ghn3 ;;
-            no-*) tal 5.5 "$method-s$seed" --stage evaluate --seed "$seed" --without "${method#no-}" ;;
+            tal) untrained 6.0 "tal-s$seed" "$seed" ;;
+            tal+) untrained 8.0 "tal+-s$seed" "$seed" --method tal+ ;;
+            logah) untrained 4.8 "logah-s$seed" "$seed" --method logah ;;
+            ghn3) untrained 6.6 "ghn3-s$seed" "$seed" --method ghn3 ;;
+            no-*) untrained 5.5 "$method-s$seed" "$seed" --without "${method#no-}" ;;
             esac
         done
     done
+}
+
+untrained() { # untrained MINUTES NAME SEED FLAGS...: the paper's numbers are those of the Decathlon's val
+    tal "$1" "$2" --stage evaluate --seed "$3" "${@:4}" $nine_split
 }
 
 tal-1() { # the base task: untrained, as pretrained; then trained on
@@ -204,7 +237,7 @@ tal-3() { # the nine tasks, trained on; from random parameters twice as long
 
 trained_on() { # trained_on SIZE SEED METHOD...
     for method in "${@:3}"; do
-        flags="--stage train --seed $2 --method $method --data $nine_tasks --size $sizes$1 --depth 12"
+        flags="--stage train --seed $2 --method $method --data $nine_tasks --size $sizes$1 --depth 12 $nine_split"
         if [[ $method == random ]]; then
             tal 1.2 "random-s$2/trained" $flags $nine_twice
         else
@@ -254,7 +287,7 @@ tal-7() { # tuned on one task alone, from the pretraining of TAL
     for seed in $once; do
         for task in $nine; do
             cell 0.0 "st-$task-s$seed" cp "$out/tal-s$seed/pretrain.pt" "$out/st-$task-s$seed"
-            tal 0.8 "st-$task-s$seed" --stage evaluate --seed "$seed" --tune-tasks "$decathlon$task"
+            untrained 0.8 "st-$task-s$seed" "$seed" --tune-tasks "$decathlon$task"
         done
     done
 }
@@ -295,40 +328,33 @@ descendants() { # descendants MINUTES NAME SIZE SEED FLAGS...: trained on, from 
     al "$1" "$2" --stage train --size "$sizes$3" --seed "$4" --pool "$out/$3-s$4/pool" "${@:5}"
 }
 
-al-1() { # six tasks, from every start; "all" is for Table 4
-    pools small "$seeds"
-    pools tiny "$once"
-    ancestors small
-    ancestors tiny
-    baselines=scratch,prefine,heur,auto,peg,tleg
-    for seed in $seeds; do
-        descendants 7.5 "table1-small-s$seed" small "$seed" --ancestors "$out/ancestors" \
-            --data "$near,$others" --method adaptive,all,$baselines,weight-selection $six_length
-    done
-    for seed in $once; do
-        descendants 3.3 "table1-tiny-s$seed" tiny "$seed" --ancestors "$out/ancestors" \
-            --data "$near,$others" --method adaptive,$baselines,weight-selection $six_tiny_length
-    done
-    if [[ $sixth ]]; then
-        for seed in $once; do
-            for size in small tiny; do
-                descendants 0.0 "table1-$size-s$seed" "$size" "$seed" --ancestors "$out/ancestors" \
-                    --data "$sixth" --method adaptive,all,$baselines $sixth_length
-            done
-        done
-    fi
+al-1() { # six tasks, from every start
+    six_tasks 6.5 small "$seeds" "$six_length"
+    six_tasks 3.3 tiny "$once" "$six_tiny_length"
 }
 
-al-2() { # networks of several depths; TALS looks at 1 % of this task: as many images as elsewhere
-    for network in $small_sizes $tiny_sizes $base_sizes; do
+six_tasks() { # six_tasks MINUTES SIZE SEEDS LENGTH
+    starts="--ancestors $out/ancestors --method adaptive,scratch,prefine,heur,auto,peg,tleg,weight-selection"
+    pools "$2" "$3"
+    ancestors "$2"
+    for seed in $3; do
+        descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $4
+        if [[ $sixth ]]; then
+            descendants 0.0 "table1-$2-s$seed" "$2" "$seed" --data "$sixth" $starts $sixth_length
+        fi
+    done
+}
+
+al-2() { # networks of several depths on the wide task
+    for network in $depths; do
         size=${network%-*}
-        layers=${network#*-}
+        flags="--depth ${network#*-} --data $wide --ancestors $out/ancestors"
         pools "$size" "$once"
         ancestors "$size"
         for seed in $once; do
-            descendants 1.1 "table2-$network-s$seed" "$size" "$seed" --ancestors "$out/ancestors" \
-                --depth "$layers" --data "$wide" --method scratch,peg,tleg,adaptive \
-                --reward-share 0.01 $wide_length
+            descendants 0.3 "table2-$network-s$seed" "$size" "$seed" $flags --method scratch $wide_scratch
+            descendants 0.8 "table2-$network-s$seed" "$size" "$seed" $flags --method peg,tleg,adaptive \
+                $wide_share $wide_length
         done
     done
 }
@@ -339,26 +365,30 @@ al-3() { # segmentation
     for seed in $once; do
         al 1.7 "table3-s$seed" --stage segment --size "${sizes}small" --seed "$seed" \
             --pool "$out/small-s$seed/pool" --ancestors "$out/ancestors" --data "$scenes" \
-            --method scratch,prefine,heur,peg,adaptive $scenes_length
+            --method scratch,prefine,heur,peg,adaptive $scenes_batch $scenes_length
     done
 }
 
-al-4() { # the smallest selections; Table 1 has the largest
-    al-1
-    for seed in $seeds; do
-        for genes in 1 2 3; do
-            descendants 0.7 "table4-$genes-s$seed" small "$seed" \
-                --data "$near" --genes "$genes" $ablation_length
+al-4() { # the smallest selections beside all ten learngenes
+    for size in $ablation_sizes; do
+        pools "$size" "$seeds"
+        for seed in $seeds; do
+            descendants 0.7 "table4-$size-all-s$seed" "$size" "$seed" --data "$few_of" --method all \
+                $ablation_length
+            for genes in $few; do
+                descendants 0.7 "table4-$size-$genes-s$seed" "$size" "$seed" --data "$few_of" \
+                    --genes "$genes" $ablation_length
+            done
         done
     done
 }
 
 al-fig3() { # convergence
-    pools small "$seeds"
-    ancestors small
+    pools "$curve_size" "$seeds"
+    ancestors "$curve_size"
     al 3.2 swin --stage ancestry --size "$swin" $swin_stream
     for seed in $seeds; do
-        descendants 1.2 "figure3-s$seed" small "$seed" --ancestors "$out/ancestors" --data "$curve" \
+        descendants 1.2 "figure3-s$seed" "$curve_size" "$seed" --ancestors "$out/ancestors" --data "$curve" \
             --method scratch,adaptive,prefine $curve_length
     done
     for seed in $once; do
@@ -367,11 +397,21 @@ al-fig3() { # convergence
     done
 }
 
-al-fig4() { # random selections; Table 1 has those of TALS
-    al-1
-    for seed in $seeds; do
-        descendants 2.6 "table1-random-s$seed" small "$seed" --data "$near" --method random $ablation_length
+al-fig4() { # five of ten learngenes, chosen by TALS and at random
+    for size in $ablation_sizes; do
+        pools "$size" "$seeds"
+        for seed in $seeds; do
+            descendants 4.0 "figure4-$size-s$seed" "$size" "$seed" --data "$draws_of" --genes 5 \
+                --method adaptive,random,all,scratch $ablation_length
+        done
     done
+}
+
+headline() { # what the headline claims rest on, all of it with three seeds
+    local once=$seeds
+    hypernetworks logah tal no-task-info no-ancestry
+    six_tasks 6.5 small "$seeds" "$six_length"
+    al-4
 }
 
 al-pool() {
@@ -453,7 +493,8 @@ data() { # drawn and measured anew at the end
 minutes=()
 names=()
 commands=()
-states=() # waiting, running, done or failed
+parts_of=() # the part that lists it first
+states=()   # waiting, running, done, failed, or elsewhere: another process runs it
 
 cell() { # cell MINUTES NAME COMMAND...
     for i in "${!names[@]}"; do
@@ -464,6 +505,7 @@ cell() { # cell MINUTES NAME COMMAND...
     minutes+=("$1")
     names+=("$2")
     commands+=("${*:3}")
+    parts_of+=("$part")
 }
 
 tal() {
@@ -489,10 +531,20 @@ for i in "${!names[@]}"; do
     states[i]=waiting
     if finished "$i"; then
         states[i]=done
+    elif [[ $cell && $cell != "${names[i]}" ]]; then
+        states[i]=elsewhere
     fi
 done
+if [[ $cell && " ${names[*]} " != *" $cell "* ]]; then
+    echo "error: there is no cell $cell; bash reproduce.sh --list prints their names" >&2
+    exit 2
+fi
 
-if [[ $dry_run ]]; then
+if [[ $action == list ]]; then
+    printf '%s\n' "${names[@]}" | awk '!seen[$0]++'
+    exit
+fi
+if [[ $action == dry-run ]]; then
     all=0
     left=0 # in tenths of a minute
     for i in "${!names[@]}"; do
@@ -509,7 +561,7 @@ if [[ $dry_run ]]; then
     echo "${#names[@]} cells, $((all / 10)) minutes of one core, $((left / 10)) of them still to do:" \
         "about $((left / 10 / at_a_time)) minutes with $at_a_time at a time"
     if [[ $mode == paper ]]; then
-        echo "How long full runs take is in docs/full_scale.md."
+        echo "How long they take: bash reproduce.sh paper --check"
     fi
     exit
 fi
@@ -527,32 +579,69 @@ if [[ -z ${VIRTUAL_ENV:-} && -d .venv ]] || ! python -c 'import torch' 2> /dev/n
     source .venv/bin/activate
 fi
 
-python=python
-gpus=$(nvidia-smi -L 2> /dev/null | wc -l || true)
-if [[ $mode == paper ]] && ((gpus > 1)); then
-    python="torchrun --standalone --nproc-per-node $gpus"
+if [[ $action == check ]]; then
+    for i in "${!names[@]}"; do
+        printf '%s\t%s\t%s\t%s\n' "${parts_of[i]}" "${states[i]}" "${names[i]}" "${commands[i]}"
+    done | python results/plan.py --data-dir "$DATA" --ancestry "$ANCESTRY" --gpt2 "$GPT2" --output "$out"
+    exit
 fi
 
-commit=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)
-if ! git diff --quiet HEAD 2> /dev/null; then
-    commit+=" (changed)"
+python=python
+gpus=() # of the papers' runs; slot 0 has the first GPUS of them, slot 1 the next
+if [[ $mode == paper ]]; then
+    IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $(($(nvidia-smi -L 2> /dev/null | wc -l) - 1)))}"
+    if ((${#gpus[@]})); then
+        at_a_time=$((${#gpus[@]} / ${GPUS:-1}))
+    fi
+    if ((at_a_time == 0)); then
+        echo "error: GPUS=$GPUS, but there are ${#gpus[@]}" >&2
+        exit 2
+    fi
+    if [[ ${GPUS:-} ]]; then
+        python="torchrun --standalone --nproc-per-node $GPUS"
+    fi
 fi
+slots=() # of the cells that are running
+
+free_slot() {
+    local slot=0
+    while [[ " ${slots[*]} " == *" $slot "* ]]; do
+        slot=$((slot + 1))
+    done
+    echo "$slot"
+}
+
 mkdir -p results "$out"
-python results/machine.py "$commit" "$at_a_time" >> "$out/run.txt"
+if [[ " ${states[*]} " == *" waiting "* ]]; then
+    python results/machine.py "$at_a_time" >> "$out/run.txt"
+    started=yes
+fi
 
 run() { # run CELL, in the background; once finished it is noted in NAME/done and, with minutes, in run.txt
     local name=${names[$1]} command=${commands[$1]} folder=$out/${names[$1]}
     echo "$name: $command"
     mkdir -p "$folder"
+    rm -f "$folder/failed"
+    slots[$1]=$(free_slot)
     (
+        if ((${#gpus[@]})); then
+            mine=("${gpus[@]:slots[$1] * ${GPUS:-1}:${GPUS:-1}}")
+            CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${mine[*]}")
+            export CUDA_VISIBLE_DEVICES
+        fi
+        in_parts=""
+        if [[ $mode == paper && $command == python* ]]; then
+            in_parts=$(python results/plan.py --accumulate "${GPUS:-1}" --command "$command")
+        fi
         SECONDS=0
-        ${command/#python/$python} > "$folder/$(date +%s).txt" 2> "$folder/errors.txt" &
+        ${command/#python/$python} $in_parts > "$folder/$(date +%s).txt" 2> "$folder/errors.txt" &
         trap 'kill %1; exit 1' TERM
         if wait %1; then
             tenths=$((SECONDS / 6))
             echo "$((tenths / 10)).$((tenths % 10)) $name $command" >> "$out/run.txt"
             echo "$command" >> "$folder/done"
         else
+            touch "$folder/failed"
             echo "error: $name failed, see $folder/errors.txt" >&2
         fi
     ) &
@@ -567,8 +656,18 @@ state_of_needs() { # state_of_needs CELL: failed if one of them is, done if all 
     local answer=done
     for ((earlier = 0; earlier < $1; earlier++)); do
         if needs "$1" "$earlier"; then
+            if [[ ${states[earlier]} == elsewhere ]] && finished "$earlier"; then
+                states[earlier]=done
+            fi
             case ${states[earlier]} in
             failed) answer=failed ;;
+            elsewhere)
+                answer=waiting
+                if [[ -e $out/${names[earlier]}/failed ]]; then
+                    echo failed
+                    return
+                fi
+                ;;
             waiting | running)
                 echo waiting
                 return
@@ -600,6 +699,7 @@ note_what_ended() {
     for i in "${!names[@]}"; do
         if [[ ${states[i]} == running ]] && ! kill -0 "${pids[i]}" 2> /dev/null; then
             states[i]=failed
+            unset "slots[i]"
             if finished "$i"; then
                 states[i]=done
             fi
@@ -611,13 +711,21 @@ pids=()
 trap 'kill $(jobs -rp) 2> /dev/null; exit 130' INT TERM # what runs goes on from its checkpoint next time
 while [[ " ${states[*]} " == *" waiting "* || " ${states[*]} " == *" running "* ]]; do
     start_what_can
+    if [[ " ${states[*]} " == *" waiting "* && " ${states[*]} " != *" running "* ]]; then
+        sleep "${WAIT:-60}" & # what is needed runs elsewhere
+    fi
     wait -n || true
     note_what_ended
 done
+if [[ ${started:-} ]]; then
+    echo "# end $(date '+%Y-%m-%d %H:%M')" >> "$out/run.txt"
+fi
 
 if [[ " $parts " == *" data "* ]]; then
     python data.py --output results/contact_sheet.png
     python data.py --difficulty | tee results/difficulty.md
 fi
-python results/tables.py "$out"
+if [[ ! $cell ]]; then
+    python results/tables.py "$out" ${MIXED:+--mixed}
+fi
 [[ " ${states[*]} " != *" failed "* ]]
