@@ -16,34 +16,39 @@ from pathlib import Path
 # Names
 # --------------------------------------------------------------------------------------------------
 
-# A drawn task, the papers' name of the dataset for which it stands, and that dataset's name in data.py.
+# A drawn task; of the dataset for which it stands the papers' name, that in data.py, and its classes.
 STANDS_FOR = """
-    base              ImageNet    imagenet
-    aircraft          Airc.       decathlon/aircraft
-    objects           C100        decathlon/cifar100
-    pedestrian        DPed        decathlon/daimlerpedcls
-    textures          DTD         decathlon/dtd
-    signs             GTSRB       decathlon/gtsrb
-    glyphs            OGlt        decathlon/omniglot
-    digits            SVHN        decathlon/svhn
-    motion            UCF         decathlon/ucf101
-    flowers           Flwr        decathlon/vgg-flowers
-    clothing          F-MNIST     fashion-mnist
-    faces             FER2013     fer2013
-    lesions           HAM10000    ham10000
-    paraphrases       MRPC        mrpc
-    paraphrases F1    MRPC F1     mrpc F1
-    acceptability     CoLA        cola
-    entailment        RTE         rte
-    sentiment         IMDB        imdb
+    base              ImageNet    imagenet                 1000
+    aircraft          Airc.       decathlon/aircraft       100
+    objects           C100        decathlon/cifar100       100
+    pedestrian        DPed        decathlon/daimlerpedcls  2
+    textures          DTD         decathlon/dtd            47
+    signs             GTSRB       decathlon/gtsrb          43
+    glyphs            OGlt        decathlon/omniglot       1623
+    digits            SVHN        decathlon/svhn           10
+    motion            UCF         decathlon/ucf101         101
+    flowers           Flwr        decathlon/vgg-flowers    102
+    clothing          F-MNIST     fashion-mnist            10
+    faces             FER2013     fer2013                  7
+    lesions           HAM10000    ham10000                 7
+    paraphrases       MRPC        mrpc                     2
+    paraphrases F1    MRPC F1     mrpc F1                  2
+    acceptability     CoLA        cola                     2
+    entailment        RTE         rte                      2
+    sentiment         IMDB        imdb                     2
+    kinds             CIFAR10     cifar10                  10
+    variety           CIFAR100    cifar100                 100
+    tail              Food-101    food101                  101
+    -                 Cars        cars                     196
+    -                 Flowers     flowers102-trainval      102
+    -                 iNat-2019   inaturalist2019          1010
 """
-PAPERS_NAME = {"kinds": "CIFAR10", "variety": "CIFAR100", "tail": "Food-101",
-               "cifar10": "CIFAR10", "cifar100": "CIFAR100", "food101": "Food-101"}
-DRAWN_NAME = {}
+PAPERS_NAME, DRAWN_NAME, CLASSES = {}, {}, {}
 for line in STANDS_FOR.strip().splitlines():
-    drawn, paper, real = re.split(r"\s{2,}", line.strip())
-    PAPERS_NAME[drawn] = paper
-    DRAWN_NAME[real] = drawn
+    drawn, paper, real, classes = re.split(r"\s{2,}", line.strip())
+    name = real if drawn == "-" else drawn          # by which the tables know it in both modes
+    PAPERS_NAME[name], DRAWN_NAME[real], CLASSES[name] = paper, name, int(classes)
+CLASSES["wide"] = CLASSES["base"]
 
 NINE = ["aircraft", "objects", "pedestrian", "textures", "signs", "glyphs", "digits", "motion", "flowers"]
 UNSEEN = ["clothing", "faces", "lesions"]
@@ -77,19 +82,29 @@ def json_lines(path):
     if path.stem == "figure3":
         yield {"stage": "figure3", **content}
         return
+    stage, split = path.stem.rsplit("-", 1)
     for size, row in content.items():
         for task, accuracy in row.items():
             # "*" marks a size never trained on
-            yield {"stage": path.stem, "size": size.rstrip("*"), "task": task, "accuracy": accuracy}
+            yield {"stage": stage, "split": split, "size": size.rstrip("*"), "task": task,
+                   "accuracy": accuracy}
+
+
+def is_reported(record):
+    """Numbers are those of test; of the Decathlon's own files, as the paper's, those of val."""
+    split = "val" if str(record.get("task")).startswith("decathlon/") else "test"
+    return record.get("split", split) == split
 
 
 def read_runs(out):
     """All records. A command that was run again logs again, and its last word counts."""
     latest = {}
-    for pattern in ("log.jsonl", "untrained-*-test.json", "figure3.json"):
+    for pattern in ("log.jsonl", "untrained-*.json", "figure3.json"):
         for path in sorted(out.rglob(pattern)):
             folder = str(path.parent.relative_to(out))
             for line in log_lines(path) if pattern == "log.jsonl" else json_lines(path):
+                if not is_reported(line):
+                    continue
                 record = named(line, folder)
                 same = ("stage", "task", "size", "images", "method", "draw", "learngene", "search")
                 latest[folder, *(str(record.get(name)) for name in same)] = record
@@ -111,15 +126,15 @@ def named(record, folder):
         record["size"] = f"{layers}-{SIZE_OF_WIDTH.get(width, width)}"
     if record["stage"] == "train" and "depths" in record:
         record["layers"] = layers_here_and_there(record["depths"][0], record["size"])
+        record["width"] = record["size"].removeprefix("drawn-").title()
     return record
 
 
 def layers_here_and_there(layers, size):
-    """Here and, in brackets, in the paper's Small: its ancestry has 12 layers, the drawn one 6."""
+    """Of drawn networks in brackets those of the paper's: its ancestry has 12 layers, the drawn one 6."""
     if size.startswith("drawn"):
         return f"{layers} ({layers + 3}) layers"
-    row = f"{layers - 3} ({layers}) layers"
-    return row if size == "small" else f"{size.title()}, {row}"
+    return f"{layers} layers"
 
 
 def matches(name, patterns):
@@ -190,14 +205,14 @@ def text_training_time(records):
 
 
 def unseen_tasks(records):
-    """Two trainings of each task, told apart by their images."""
-    found = select(records, "random/unseen-*|logah|tal", "train", task="unseen", size="3-*")
+    """Two trainings of each task, told apart by their images. Other sizes belong to alternatives."""
+    found = select(records, "random/unseen-*|logah|tal", "train", task="unseen", size="3-*|6-*")
     longest = {}
     for r in found:
         longest[r["task"]] = max(longest.get(r["task"], 0), int(r["images"]))
     for r in found:
         length = "long" if int(r["images"]) == longest[r["task"]] else "short"
-        yield f"{r['task']}, {length}", r["who"], r["seed"], r["trained"]
+        yield f"{r['size']}, {r['task']}, {length}", r["who"], r["seed"], r["trained"]
 
 
 def task_graphs(records):
@@ -212,25 +227,23 @@ def task_graphs(records):
 
 
 def fewest_learngenes(records):
-    """What each number of learngenes gives, and the fewest that keep 95 % of what all ten give."""
-    few = select(records, "table4-*", "train")
-    selected = select(records, "table1-small", "train", method="adaptive")
-    for whole in select(records, "table1-small", "train", method="all"):
-        task, seed = whole["task"], whole["seed"]
-        fewer = [r for r in few if (r["task"], r["seed"]) == (task, seed)]
-        if not fewer:
-            continue
-        yield "Small, All", task, seed, whole["accuracy"]
-        for r in fewer:
-            yield f"{r['genes']} learngene{'s' if r['genes'] > 1 else ''}", task, seed, r["accuracy"]
-        fewer += [r for r in selected if (r["task"], r["seed"]) == (task, seed)]
-        enough = [r for r in fewer if r["accuracy"] >= 0.95 * whole["accuracy"]]
-        if enough:
-            fewest = min(enough, key=lambda r: len(r["learngenes"]))
-            yield "Small, Num", task, seed, len(fewest["learngenes"])
-            yield "Small, Ours", task, seed, fewest["accuracy"]
-            for kind in ("stored", "nominal", "deployed"):
-                yield f"parameters, {kind}", task, seed, fewest[kind]
+    """What each number of learngenes gives, and the fewest that keep 95 % of what all of them give."""
+    runs = select(records, "table4-*", "train")
+    for whole in select(runs, "table4-*-all", "train"):
+        task, seed, size = whole["task"], whole["seed"], whole["width"]
+        fewer = []
+        for r in runs:
+            if (r["task"], r["seed"], r["width"]) == (task, seed, size) and r is not whole:
+                fewer.append(r)
+                row = f"{r['genes']} learngene{'s' if r['genes'] > 1 else ''}"
+                yield f"{size}, {row}", task, seed, r["accuracy"]
+        yield f"{size}, All", task, seed, whole["accuracy"]
+        enough = [r for r in [*fewer, whole] if r["accuracy"] >= 0.95 * whole["accuracy"]]
+        fewest = min(enough, key=lambda r: len(r["learngenes"]))
+        yield f"{size}, Num", task, seed, len(fewest["learngenes"])
+        yield f"{size}, Ours", task, seed, fewest["accuracy"]
+        for kind in ("stored", "nominal", "deployed"):
+            yield f"{size}, parameters {kind}", task, seed, fewest[kind]
 
 
 def curves(records):
@@ -242,14 +255,11 @@ def curves(records):
 
 
 def selections(records):
-    """Random ones, and on the same tasks those of TALS, all ten learngenes and none."""
-    draws = select(records, "table1-random", "train")
-    for r in draws:
-        yield f"draw {r['draw'] + 1}", r["task"], r["seed"], r["accuracy"]
-    tasks = "|".join({r["task"] for r in draws})
-    for method, row in (("adaptive", "TALS"), ("all", "all ten"), ("scratch", "From Scratch")):
-        for r in select(records, "table1-small", "train", method=method, task=tasks):
-            yield row, r["task"], r["seed"], r["accuracy"]
+    """Random ones, those of TALS, all ten learngenes and none."""
+    rows = {"adaptive": "TALS", "all": "all ten", "scratch": "From Scratch"}
+    for r in select(records, "figure4-*", "train"):
+        row = f"draw {r['draw'] + 1}" if r["method"] == "random" else rows[r["method"]]
+        yield f"{r['width']}, {row}", r["task"], r["seed"], r["accuracy"]
 
 
 def pools(records):
@@ -292,6 +302,18 @@ TABLES = ["tal-1", "tal-2", "tal-3", "tal-4", "tal-5", "tal-6", "tal-7", "tal-8"
 CALCULATED = {"tal-4": [training_time], "tal-5": [unseen_tasks], "tal-6": [text_training_time],
               "tal-fig3": [task_graphs], "al-4": [fewest_learngenes], "al-fig3": [curves],
               "al-fig4": [selections], "al-pool": [pools, domains]}
+
+
+def codes(out):
+    """The hashes of the states of the code of which run.txt has cells."""
+    found, path = [], out / "run.txt"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        head = re.match(r"# code (\w+),", line)
+        if head:
+            latest = head[1]
+        elif not line.startswith("#") and latest not in found:
+            found.append(latest)
+    return found
 
 
 def collect(out, results):

@@ -419,8 +419,8 @@ def report(args, lines):
         measured = ", ".join(f"{rate:,.0f} of width {width}" for width, (rate, _) in rates.items())
         print(f"training images/s here: {measured}")
     else:
-        print("GPUs: none here, so nothing is measured: hours are for 1,000 images/s of DeiT-Small, memory for "
-              "80 GiB")
+        print("GPUs: none here, so nothing is measured: hours are for 1,000 images/s of DeiT-Small, memory "
+              "is 80 GiB")
     print()
     for line in table(cells, rates, memory):
         print(line)

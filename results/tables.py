@@ -13,21 +13,24 @@ The figures (figures.py) want matplotlib: pip install matplotlib.
 Contents: numbers - tables - the pool - pages - claims - files
 """
 import argparse
+import collections
 import csv
 import fnmatch
+import itertools
 import math
 import re
 import statistics
 from pathlib import Path
 
 import figures
-from collect import ABLATIONS, METHODS, NINE, PAPERS_NAME, STARTS, TABLES, TEXT, UNSEEN, collect
+from collect import (ABLATIONS, CLASSES, METHODS, NINE, PAPERS_NAME, STARTS, TABLES, TEXT, UNSEEN, codes,
+                     collect)
 
 RESULTS = Path(__file__).resolve().parent
 README = RESULTS.parent / "README.md"
-WIDTHS = {"Tiny": 32, "Small": 48, "Base": 64}                          # channels of the drawn networks
+DRAWN_WIDTHS = {"Tiny": 32, "Small": 48, "Base": 64}                    # channels of the drawn networks
+WIDTHS = {"Tiny": 192, "Small": 384, "Base": 768}
 SIZES = [f"{depth}-{size}" for size in WIDTHS for depth in (3, 6, 12)]
-DEPTHS = ["3 (6) layers", "6 (9) layers", "9 (12) layers"]              # here, and in the paper's DeiT-Small
 
 # --------------------------------------------------------------------------------------------------
 # Numbers
@@ -43,6 +46,7 @@ class Table(dict):
 
     def __init__(self, results, name):
         path = results / f"{name}.csv"
+        self.name, self.real = name, is_real(results)
         for line in read_csv(path) if path.exists() else []:
             cell = self.setdefault((line["row"], line["column"]), {})
             cell[int(line["seed"])] = float(line["value"])
@@ -67,9 +71,34 @@ class Table(dict):
         return {seed: statistics.mean(cell[seed] for cell in cells) for seed in seeds}
 
     def papers(self, row, column):
-        """The paper's number or None; a drawn task has the name there of the dataset that it stands for."""
+        """The paper's number or None; a drawn task has the name there of the dataset that it stands for, and
+        "3 (6) layers" are 6 there; in Table 5 the drawn 3-Small stands for 3-Tiny."""
         row = ", ".join(PAPERS_NAME.get(part, part) for part in row.split(", "))
+        row = re.sub(r"\d+ \((\d+)\) layers", r"\1 layers", row)
+        if self.name == "tal-5" and not self.real:
+            row = row.replace("3-Small", "3-Tiny")
         return self.paper.get((row, PAPERS_NAME.get(column, column)))
+
+    def shown(self, name):
+        """What a page calls a task: on real data as the paper does."""
+        return PAPERS_NAME.get(name, name) if self.real else name
+
+    def usual_seeds(self):
+        """The seeds that most of the table's cells have."""
+        counts = collections.Counter(tuple(sorted(cell)) for cell in self.values())
+        return counts.most_common(1)[0][0] if counts else ()
+
+    def marked(self, row, column, digits=1):
+        """Mean and deviation of a cell, with its seeds in square brackets where these are not the usual."""
+        cell = self.cell(row, column)
+        seeds = tuple(sorted(cell))
+        mark = f" [{', '.join(map(str, seeds))}]" if cell and seeds != self.usual_seeds() else ""
+        return spread(cell, digits) + mark
+
+
+def is_real(results):
+    """Whether a folder of results is of the papers' data."""
+    return results.parent.name == "paper"
 
 
 def spread(values, digits=1):
@@ -112,15 +141,38 @@ def printed(table, rows=None, columns=None, mean=False, stands_for=False, corner
         names = row.split(", ")
         cells = names + [""] * (parts - len(names))
         for column in columns:
-            cells.append(spread(table.cell(row, column), digits) + in_brackets(table.papers(row, column)))
+            cells.append(table.marked(row, column, digits) + in_brackets(table.papers(row, column)))
         if mean:
-            papers = [table.papers(row, column) for column in [*columns, "mean"]]
-            papers = [number for number in papers if number is not None]
-            papers_mean = statistics.mean(papers) if papers else None
-            cells.append(spread(table.mean([row], columns)) + in_brackets(papers_mean, ".1f"))
-        lines.append(cells)
-    heads = [f"{column} ({PAPERS_NAME[column]})" if stands_for else column for column in columns]
+            papers = papers_mean(table, row, columns)
+            cells.append(spread(table.mean([row], columns)) + in_brackets(papers, ".1f"))
+        lines.append([table.shown(cell) for cell in cells])
+    heads = [table.shown(column) for column in columns]
+    if stands_for and not table.real:
+        heads = [f"{column} ({PAPERS_NAME[column]})" for column in columns]
     return markdown([corner, *[""] * (parts - 1), *heads, *["mean"] * mean], lines)
+
+
+def papers_mean(table, row, columns):
+    """The paper's own mean of a row, or that of its numbers if there is one for every column."""
+    if table.papers(row, "mean") is not None:
+        return table.papers(row, "mean")
+    papers = [table.papers(row, column) for column in columns]
+    return None if None in papers else statistics.mean(papers)
+
+
+def seeds_note(table):
+    """What stands below a table whose cells have different seeds."""
+    if len({tuple(sorted(cell)) for cell in table.values()}) < 2:
+        return ""
+    usual = ", ".join(map(str, table.usual_seeds()))
+    return f"\n\nSeeds {usual}; a cell of other seeds names them in square brackets."
+
+
+def with_notes(parts, t):
+    """The parts of a page, each table that `printed` made with its note on seeds."""
+    noted = ("tal-1", "tal-2", "tal-3", "tal-5", "tal-6", "tal-7", "tal-8", "tal-9", "al-1", "al-2", "al-3",
+             "al-4")
+    return {name: part + seeds_note(t[name]) if name in noted else part for name, part in parts.items()}
 
 
 def training_time(table):
@@ -135,28 +187,31 @@ def training_time(table):
 
 
 def fewest_learngenes(table):
+    counts = ["All", "Num", "Ours", "1 learngene", *(f"{n} learngenes" for n in range(2, 10))]
     lines = []
-    for row in ("Small, All", "Small, Num", "Small, Ours", "1 learngene", "2 learngenes", "3 learngenes"):
+    for row in pairs(("Small", "Base"), counts):
         if row not in table.rows():
             continue
-        cells = [f"{row} (per seed)" if row == "Small, Num" else row]
+        cells = row.split(", ")
         for task in table.columns():
             own = table.cell(row, task)
-            text = spread(own)
-            if row == "Small, Num":
+            text = table.marked(row, task)
+            if row.endswith("Num"):
                 text = ", ".join(f"{number:g}" for number in own.values()) or "-"
             cells.append(text + in_brackets(table.papers(row, task)))
         lines.append(cells)
-    return markdown(["drawn data", *table.columns()], lines)
+    return markdown(["drawn data", "Num: per seed", *map(table.shown, table.columns())], lines)
 
 
 def parameters_of_fewest(table):
     by_task = []
-    for task in table.columns():
-        counts = []
-        for kind in ("stored", "nominal", "deployed"):
-            counts.append(f"{kind} {spread(table.cell(f'parameters, {kind}', task), 0)}")
-        by_task.append(f"{task}: {', '.join(counts)}")
+    for size in ("Small", "Base"):
+        for task in table.columns():
+            counts = []
+            for kind in ("stored", "nominal", "deployed"):
+                counts.append(f"{kind} {spread(table.cell(f'{size}, parameters {kind}', task), 0)}")
+            if f"{size}, All" in table.rows():
+                by_task.append(f"{size}, {table.shown(task)}: {', '.join(counts)}")
     return "; ".join(by_task)
 
 
@@ -184,18 +239,19 @@ def convergence(curves):
 
 
 def random_draws(table):
-    draws = [row for row in table.rows() if row.startswith("draw")]
     lines = []
-    for task in table.columns():
-        tals, mean = table.cell("TALS", task), table.mean(draws, [task])
-        deviation = {seed: statistics.stdev(table.cell(draw, task)[seed] for draw in draws) for seed in mean}
-        gaps = ", ".join(f"{tals[seed] - mean[seed]:+.1f}" for seed in tals if seed in mean)
-        cells = [task, spread(tals), spread(mean), spread(deviation), gaps]
-        for row in ("all ten", "From Scratch"):
-            cells.append(spread(table.cell(row, task)))
-        lines.append(cells)
+    for size in dict.fromkeys(row.split(", ")[0] for row in table.rows()):
+        draws = [row for row in table.rows() if row.startswith(f"{size}, draw")]
+        for task in table.columns():
+            tals, mean = table.cell(f"{size}, TALS", task), table.mean(draws, [task])
+            deviation = {s: statistics.stdev(table.cell(draw, task)[s] for draw in draws) for s in mean}
+            gaps = ", ".join(f"{tals[seed] - mean[seed]:+.1f}" for seed in tals if seed in mean)
+            cells = [size, table.shown(task), spread(tals), spread(mean), spread(deviation), gaps]
+            for row in ("all ten", "From Scratch"):
+                cells.append(spread(table.cell(f"{size}, {row}", task)))
+            lines.append(cells)
     heads = ["TALS", "mean of draws", "deviation between draws", "TALS - mean, per seed"]
-    return markdown(["drawn data", *heads, "all ten", "from scratch"], lines)
+    return markdown(["drawn data", "", *heads, "all ten", "from scratch"], lines)
 
 
 def order_of_starts(row):
@@ -285,17 +341,43 @@ def one_learngene(pool, table1):
 # Pages: the tables that go into the text of pages/*.md
 # --------------------------------------------------------------------------------------------------
 
-def parameters(depth, width, classes):
-    """Of a drawn ViT: patch 8 of 32 px, mean of the patches."""
-    return depth * (12 * width + 13) * width + (3 * 64 + 1 + 16 + 2) * width + (width + 1) * classes
+def parameters(depth, width, classes, patch, grid, class_token):
+    """Of a ViT with grid x grid patches; a class token has a position as well."""
+    embedding = 3 * patch ** 2 + 1 + grid ** 2 + 2 * class_token
+    return depth * (12 * width + 13) * width + (embedding + 2) * width + (width + 1) * classes
 
 
-def sizes():
+def sizes(real):
     counts = []
     for name in SIZES:
         depth, size = name.split("-")
-        counts.append(f"{name} {parameters(int(depth), WIDTHS[size], classes=24):,}")
+        if real:
+            count = parameters(int(depth), WIDTHS[size], 1000, patch=16, grid=14, class_token=1)
+        else:
+            count = parameters(int(depth), DRAWN_WIDTHS[size], 24, patch=8, grid=4, class_token=0)
+        counts.append(f"{name} {count:,}")
     return ", ".join(counts)
+
+
+def linear_models():
+    """{task: (chance, accuracy of a linear model on pixels)} of results/difficulty.md, on drawn data."""
+    found = {}
+    for line in (RESULTS / "difficulty.md").read_text().splitlines()[2:]:
+        task, *_, chance, linear, _ = [cell.strip() for cell in line.strip("| ").split("|")]
+        found[task] = float(chance), float(linear)
+    return found
+
+
+def with_linear_model(page, parts, columns, mean=True):
+    """A table's Markdown with a last row: the linear model, which has one run, on each task of `columns`."""
+    known = linear_models()
+    if not all(task in known for task in columns):
+        return page
+    values = [known[task][1] for task in columns]
+    cells = ["linear model on pixels", *[""] * (parts - 1), *(f"{value:.1f}" for value in values)]
+    if mean:
+        cells.append(f"{statistics.mean(values):.1f}")
+    return f"{page}\n| {' | '.join(cells)} |"
 
 
 def machine(results):
@@ -305,7 +387,7 @@ def machine(results):
         return ""
     lines = path.read_text().splitlines()
     minutes = sum(float(line.split()[0]) for line in lines if not line.startswith("#"))
-    starts = [f"- {line[2:]}" for line in lines if line.startswith("#")]
+    starts = [f"- {line[2:]}" for line in lines if line.startswith("#") and not line.startswith("# end")]
     total = f"Runs ({minutes:.0f} minutes of one core together; each cell's are in [run.txt](run.txt)):"
     return "\n".join([total, "", *starts])
 
@@ -320,14 +402,21 @@ def tal_page(t):
         for column in TEXT:
             text[f"mean, {method}", column] = text.mean(pairs(gpt2, [method]), [column])
     table6 = pairs([*gpt2, "mean"], text_methods) + ["majority", "trained from random"]
+    unseen_sizes = ["3-Tiny", "6-Small"] if t["tal-5"].real else ["3-Small"]
+    table5 = pairs(unseen_sizes, pairs(UNSEEN, ["short", "long"]))
     fig3 = ["silhouette, plane", "silhouette, full", "share between tasks"]
+    table2 = printed(t["tal-2"], pairs(SIZES, methods), **nine)
+    table3 = printed(t["tal-3"], pairs(twelve, ["RandInit", *methods]), **nine)
+    if not t["tal-2"].real:
+        table2 = with_linear_model(table2 + trained_directly(t["alternatives"]), 2, NINE)
+        table3 = with_linear_model(table3, 2, NINE)
     return {
-        "sizes": sizes(),
+        "sizes": sizes(t["tal-2"].real),
         "tal-1": printed(t["tal-1"], table1, methods),
-        "tal-2": printed(t["tal-2"], pairs(SIZES, methods), **nine),
-        "tal-3": printed(t["tal-3"], pairs(twelve, ["RandInit", *methods]), **nine),
+        "tal-2": table2,
+        "tal-3": table3,
         "tal-4": training_time(t["tal-4"]),
-        "tal-5": printed(t["tal-5"], pairs(UNSEEN, ["short", "long"]), ["RandInit", "LoGAH", "TAL"]),
+        "tal-5": printed(t["tal-5"], table5, ["RandInit", "LoGAH", "TAL"]),
         "tal-6": printed(text, table6, TEXT, stands_for=True),
         "minutes, LoGAH": spread(text.cell("minutes, LoGAH", "all")),
         "minutes, TAL": spread(text.cell("minutes, TAL", "all")),
@@ -338,12 +427,25 @@ def tal_page(t):
     }
 
 
+def trained_directly(table):
+    """A row for Table 2: 3-Small of random parameters, trained on as many images as tuning showed."""
+    row = "3-Small, random, tune"
+    if row not in table.rows():
+        return ""
+    cells = ["3-Small", "from scratch", *(spread(table.cell(row, task)) for task in NINE)]
+    return f"\n| {' | '.join(cells)} | {spread(table.mean([row], NINE))} |"
+
+
 def adaptive_page(t):
-    table1 = [row for row in pairs(["Tiny", "Small"], STARTS.values()) if row in t["al-1"].rows()]
+    starts = [start for start in STARTS.values() if start != STARTS["all"]]
+    table1 = [row for row in pairs(["Tiny", "Small"], starts) if row in t["al-1"].rows()]
     table3 = [start for start in STARTS.values() if start in t["al-3"].rows()]
+    page1 = printed(t["al-1"], table1, mean=True)
+    if not t["al-1"].real:
+        page1 = with_linear_model(page1, 2, t["al-1"].columns())
     return {
-        "al-1": printed(t["al-1"], table1, mean=True),
-        "al-2": printed(t["al-2"], DEPTHS, ["FromScratch", "PEG", "TLEG", "Ours"]),
+        "al-1": page1,
+        "al-2": printed(t["al-2"], columns=["FromScratch", "PEG", "TLEG", "Ours"]),
         "al-3": printed(t["al-3"], table3, ["mIoU"]),
         "al-4": fewest_learngenes(t["al-4"]),
         "parameters": parameters_of_fewest(t["al-4"]),
@@ -360,9 +462,14 @@ def alternatives_page(t):
     return {"means": means_of_starts(table, rows), "tasks": printed(table, rows, tasks)}
 
 
-def filled(page, parts):
-    """The text of pages/PAGE, with the parts in their places; an empty one leaves no empty lines."""
+def filled(page, parts, real=False):
+    """The text of pages/PAGE, with the parts in their places; an empty one leaves no empty lines.
+
+    {{drawn: ...}} and {{paper: ...}} are for drawn data and for the papers' data alone."""
     text = (RESULTS / "pages" / page).read_text()
+    mine, others = ("paper", "drawn") if real else ("drawn", "paper")
+    text = re.sub(rf"\{{\{{{others}: .*?\}}\}}", "", text, flags=re.DOTALL)
+    text = re.sub(rf"\{{\{{{mine}: (.*?)\}}\}}", r"\1", text, flags=re.DOTALL)
     for name, part in parts.items():
         mark = "{{" + name + "}}"
         if not part:
@@ -403,14 +510,44 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
+def p_value(values, bar=0.0):
+    """Of Student's two-sided t-test of a mean against the bar; None below three values."""
+    if len(values) < 3:
+        return None
+    spread, gap, n = statistics.stdev(values), statistics.mean(values) - bar, len(values) - 1
+    if not spread:
+        return 0.0 if gap else 1.0
+    t = abs(gap) * math.sqrt(n + 1) / spread
+    # With t = sqrt(n) tan(a) the density becomes cos(a)^(n - 1), which Simpson's rule integrates from 0.
+    steps, end = 1000, math.atan(t / math.sqrt(n))
+    heights = [math.cos(end * k / steps) ** (n - 1) for k in range(steps + 1)]
+    inner = heights[0] + heights[-1] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
+    scale = math.gamma((n + 1) / 2) / (math.sqrt(math.pi) * math.gamma(n / 2))
+    return max(0.0, 1 - 2 * scale * inner * end / steps / 3)
+
+
+def holm(p_values):
+    """Holm's corrected p-values of a list, in its order: each times the number of those not smaller."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, k in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * p_values[k]))
+        corrected[k] = least
+    return corrected
+
+
+def word_of(above, p):
+    """A verdict: above or below the bar, if p is small."""
+    if p is None or p >= 0.05:
+        return "cannot be told here"
+    return "holds" if above else "does not hold"
+
+
 def verdict(values, bar=0.0):
     """As pages/claims.md explains."""
     if not values:
         return "not run"
-    _, low, high = interval(values)
-    if low is None or low <= bar <= high:
-        return "cannot be told here"
-    return "holds" if low > bar else "does not hold"
+    return word_of(statistics.mean(values) > bar, p_value(values, bar))
 
 
 def named(text, known):
@@ -446,6 +583,39 @@ def effects_of(claim, table):
     return {seed: compared(ours[seed], theirs[seed], claim["unit"]) for seed in ours if seed in theirs}
 
 
+def each(claim, table):
+    """A claim "on every task" or "at every depth" as one claim per column, or per pair of rows."""
+    if claim["per"] == "column":
+        return [{**claim, "columns": column} for column in named(claim["columns"], table.columns())]
+    if claim["per"] == "row":
+        return [{**claim, "rows": row} for row in named(claim["rows"], table.rows())]
+    return [claim]
+
+
+WORKS = 0.05            # of the way from chance to 100 %: a baseline that is less above chance does not work
+
+
+def chance_of(task, real):
+    return 100 / CLASSES[task] if real else linear_models()[task][0]
+
+
+def baseline_works(claim, table):
+    """Whether what a claim compares with is clearly above chance, on average of its columns."""
+    if not claim["baseline"]:
+        return True
+    columns = named(claim["other columns"] or claim["columns"], table.columns())
+    rows = named(claim["other rows"] or claim["rows"], table.rows())
+    values = list(table.mean(rows, columns).values())
+    if not values:
+        return True
+    tasks = []                                              # named by the cells, or by the claim
+    for row, column in itertools.product(rows, columns):
+        named_here = [part for part in [column, *row.split(", ")] if part in CLASSES]
+        tasks += named_here or [claim["baseline"]]
+    chance = statistics.mean(chance_of(task, table.real) for task in tasks)
+    return statistics.mean(values) > chance + WORKS * (100 - chance)
+
+
 def shown(value, unit):
     if value is None:
         return ""
@@ -455,19 +625,45 @@ def shown(value, unit):
 
 
 def judge(claim, table):
-    """The claim with its effect, low, high, seeds and verdict, as they are shown."""
+    """The claim with its effect, low, high, seeds, p and verdict, as they are shown; p is None where nothing
+    is tested."""
     unit = claim["unit"]
     if unit == "count":                         # exact: all of them, or the claim does not hold
         hits = sum(sum(table.cell(row, claim["columns"]).values()) for row in table.rows())
         cases = sum(sum(table.cell(row, claim["other columns"]).values()) for row in table.rows())
         word = "not run" if not cases else "holds" if hits == cases else "does not hold"
         effect = f"{hits:.0f} of {cases:.0f}" if cases else "-"
-        return {**claim, "effect": effect, "low": "", "high": "", "seeds": "", "verdict": word}
+        return {**claim, "effect": effect, "low": "", "high": "", "seeds": "", "p": None, "verdict": word}
     values = list(effects_of(claim, table).values())
     bar = math.log(float(claim["bar"])) if unit == "times" else float(claim["bar"])
     effect, low, high = [shown(value, unit) for value in interval(values)] if values else ["-", "", ""]
-    return {**claim, "effect": effect, "low": low, "high": high, "seeds": str(len(values)),
-            "verdict": verdict(values, bar)}
+    judged = {**claim, "effect": effect, "low": low, "high": high, "seeds": str(len(values))}
+    if not baseline_works(claim, table):
+        return {**judged, "p": None, "verdict": "baseline does not work here"}
+    above, p = bool(values) and statistics.mean(values) > bar, p_value(values, bar)
+    parts = [list(effects_of(part, table).values()) for part in each(claim, table)]
+    if claim["per"] and all(parts):             # of all parts: the least sure one, or one that is against it
+        against = [p_value(part, bar) for part in parts if statistics.mean(part) <= bar]
+        for_it = [p_value(part, bar) for part in parts if statistics.mean(part) > bar]
+        judged["effect"] = f"above in {len(for_it)} of {len(parts)}, on average {effect}"
+        above, p = not against, None
+        if None not in for_it + against:
+            p = min(1.0, len(parts) * min(against)) if against else max(for_it)
+    return {**judged, "p": p, "above": above, "verdict": word_of(above, p) if values else "not run"}
+
+
+def corrected(claims):
+    """Adds to each claim what its verdict is after Holm's correction among the tested claims of its paper."""
+    for paper in dict.fromkeys(claim["paper"] for claim in claims):
+        tested = [claim for claim in claims if claim["paper"] == paper and claim["p"] is not None]
+        for claim, p in zip(tested, holm([claim["p"] for claim in tested])):
+            claim["corrected"] = word_of(claim["above"], p)
+    for claim in claims:
+        claim.setdefault("corrected", claim["verdict"])
+
+
+def bold(word):
+    return f"**{word}**" if word in ("holds", "does not hold") else word
 
 
 def claim_table(head, claims, wording):
@@ -479,11 +675,32 @@ def claim_table(head, claims, wording):
             effect += f" {claim['unit']}"
         if claim["low"]:
             effect += f" [{claim['low']}, {claim['high']}]"
-        word = claim["verdict"]
-        if word in ("holds", "does not hold"):
-            word = f"**{word}**"
-        lines.append([claim[wording], f"{paper}, {claim['where']}", effect, word])
+        words = [bold(claim["verdict"]), bold(claim["corrected"])]
+        lines.append([claim[wording], f"{paper}, {claim['where']}", effect, *words])
     return markdown(head, lines)
+
+
+def outcome(claims):
+    """The first page's lists: what holds, what does not and why, what cannot be told."""
+    alone = "by its own interval, not after Holm's correction"
+    heads = {("holds", "holds"): "Holds",
+             ("holds", "cannot be told here"): f"Holds {alone}",
+             ("does not hold", "does not hold"): "Does not hold",
+             ("does not hold", "cannot be told here"): f"Does not hold {alone}",
+             ("cannot be told here",) * 2: "Cannot be told here",
+             ("baseline does not work here",) * 2: "The baseline does not work here",
+             ("not run",) * 2: "Not run"}
+    parts = []
+    for words, head in heads.items():
+        mine = [claim for claim in claims if (claim["verdict"], claim["corrected"]) == words]
+        lines = []
+        for claim in mine:
+            paper = "TAL" if claim["paper"] == "TAL" else "AL"
+            why = f": {claim['why']}" if claim["why"] and words[0] == "does not hold" else ""
+            lines.append(f"- {claim['claim']} ({paper}, {claim['where']}){why}")
+        if lines:
+            parts.append("\n".join([f"**{head}** ({len(lines)}):", "", *lines]))
+    return "\n\n".join(parts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -492,28 +709,34 @@ def claim_table(head, claims, wording):
 
 def write(results, readme=None):
     """Everything that follows from the .csv files. Pages say whose data they are about."""
-    t = {name: Table(results, name) for name in TABLES}
-    claims = [judge(claim, t[claim["table"]]) for claim in read_csv(RESULTS / "paper_claims.csv")]
-    head = ["claim of the paper", "where", "here: effect [95 %]", "verdict"]
+    t, real = {name: Table(results, name) for name in TABLES}, is_real(results)
+    claims = read_csv(RESULTS / "paper_claims.csv")
+    if real and not t["alternatives"]:          # reproduce.sh leaves them out there, unless they are named
+        claims = [claim for claim in claims if claim["table"] != "alternatives"]
+    claims = [judge(claim, t[claim["table"]]) for claim in claims]
+    corrected(claims)
+    head = ["claim of the paper", "where", "here: effect [95 %]", "verdict", "after Holm's correction"]
     runs = {"runs": machine(results)}
-    tal = filled("tal.md", tal_page(t) | runs)
-    adaptive = filled("adaptive.md", adaptive_page(t) | runs)
+    tal = filled("tal.md", with_notes(tal_page(t), t) | runs, real)
+    adaptive = filled("adaptive.md", with_notes(adaptive_page(t), t) | runs, real)
+    judged = {"claims": claim_table(head, claims, "claim"), "outcome": outcome(claims)}
     pages = {"tal.md": tal + not_run(tal),
              "adaptive.md": adaptive + not_run(adaptive),
-             "alternatives.md": filled("alternatives.md", alternatives_page(t)),
-             "claims.md": filled("claims.md", {"claims": claim_table(head, claims, "claim")})}
+             "claims.md": filled("claims.md", judged, real)}
+    if t["alternatives"]:
+        pages["alternatives.md"] = filled("alternatives.md", alternatives_page(t), real)
     for name, text in pages.items():
-        if results.parent.name == "paper":
-            text = text.replace("drawn data", "the papers' data")
-        (results / name).write_text(text)
+        (results / name).write_text(text.replace("drawn data", "the papers' data") if real else text)
     with open(results / "claims.csv", "w", newline="") as file:
-        columns = ["paper", "where", "claim", "unit", "effect", "low", "high", "seeds", "verdict"]
+        columns = ["paper", "where", "claim", "unit", "effect", "low", "high", "seeds", "verdict",
+                   "corrected"]
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(claims)
     if readme:
         headlines = [claim for claim in claims if claim["headline"]]
-        table = claim_table(["claim", "paper", "effect here [95 %]", "verdict"], headlines, "headline")
+        head = ["claim", "paper", "effect here [95 %]", "verdict", "after Holm's correction"]
+        table = claim_table(head, headlines, "headline")
         marked = re.compile("(<!-- claims -->\n).*(<!-- /claims -->)", re.DOTALL)
         readme.write_text(marked.sub(lambda found: found[1] + table + "\n" + found[2], readme.read_text()))
 
@@ -523,13 +746,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\nContents")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="?", type=Path, help="a folder that reproduce.sh wrote, as runs/drawn")
-    runs = parser.parse_args(argv).runs
+    parser.add_argument("--mixed", action="store_true", help="also runs of several states of the code")
+    args = parser.parse_args(argv)
+    runs = args.runs
     if runs and not runs.is_dir():
         parser.exit(2, f"error: there is no folder {runs}; bash reproduce.sh makes runs/drawn\n")
     results, readme = RESULTS, README
     if runs and runs.name != "drawn":
         results, readme = runs / "results", None
     results.mkdir(exist_ok=True)
+    if runs and len(codes(runs)) > 1 and not args.mixed:
+        parser.exit(2, f"error: {runs}/run.txt tells of cells of {len(codes(runs))} states of the code "
+                       f"({', '.join(codes(runs))}); start again in an empty folder, or say --mixed "
+                       "(reproduce.sh: MIXED=1)\n")
     if runs:
         collect(runs, results)
     write(results, readme)
