@@ -444,7 +444,7 @@ al-pool() {
             --data signs:16-31,textures:10-19,clothing:5-9
     done
     # What becomes of learngenes that never had to stand alone, under every start.
-    for init in delta block zero; do
+    for init in zero random block; do
         al 2.1 "literal-$init" --stage ancestry --init "$init" --gene-dropout 0 \
             --stream "wide/10#1,wide/10#2,wide/10#3" --ancestry-epochs 5
     done

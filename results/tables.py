@@ -526,6 +526,16 @@ def p_value(values, bar=0.0):
     return max(0.0, 1 - 2 * scale * inner * end / steps / 3)
 
 
+def p_value_of_all(parts, bar):
+    """Of "each part is above the bar": the largest of theirs. Of "not each", if some are below: the smallest of
+    these, times the number of parts. None where a part has less than three values."""
+    p_values = [p_value(part, bar) for part in parts]
+    if None in p_values:
+        return None
+    below = [p for p, part in zip(p_values, parts) if statistics.mean(part) <= bar]
+    return min(1.0, len(parts) * min(below)) if below else max(p_values)
+
+
 def holm(p_values):
     """Holm's corrected p-values of a list, in its order: each times the number of those not smaller."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
@@ -642,13 +652,10 @@ def judge(claim, table):
         return {**judged, "p": None, "verdict": "baseline does not work here"}
     above, p = bool(values) and statistics.mean(values) > bar, p_value(values, bar)
     parts = [list(effects_of(part, table).values()) for part in each(claim, table)]
-    if claim["per"] and all(parts):             # of all parts: the least sure one, or one that is against it
-        against = [p_value(part, bar) for part in parts if statistics.mean(part) <= bar]
-        for_it = [p_value(part, bar) for part in parts if statistics.mean(part) > bar]
-        judged["effect"] = f"above in {len(for_it)} of {len(parts)}, on average {effect}"
-        above, p = not against, None
-        if None not in for_it + against:
-            p = min(1.0, len(parts) * min(against)) if against else max(for_it)
+    if claim["per"] and parts and all(parts):
+        better = [part for part in parts if statistics.mean(part) > bar]
+        judged["effect"] = f"above in {len(better)} of {len(parts)}, on average {effect}"
+        above, p = len(better) == len(parts), p_value_of_all(parts, bar)
     return {**judged, "p": p, "above": above, "verdict": word_of(above, p) if values else "not run"}
 
 

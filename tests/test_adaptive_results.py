@@ -30,25 +30,25 @@ def collected(out, results, name):
 
 
 @pytest.mark.parametrize("accuracies, fewest", [
-    ((75.9, 76.0, 79.0), 2), ((76.1, 80.0, 81.0), 1), ((70.0, 75.9, 76.0), 3), ((10.0, 20.0, 75.9), 5)])
+    ((75.9, 76.0, 79.0), 2), ((76.1, 80.0, 81.0), 1), ((70.0, 75.9, 76.0), 3), ((10.0, 20.0, 75.9), 10)])
 def test_table_4_is_the_fewest_with_95_percent_of_all(accuracies, fewest, tmp_path):
-    """All give 80, so 76 is enough; TALS's own five give 78. Another task and another seed have goals of their own."""
+    """All give 80, so 76 is enough. Another task and another seed have goals of their own."""
     out = tmp_path / "out"
     out.mkdir()
     for seed, task, factor in ((0, "kinds", 1), (1, "kinds", 0.5), (0, "tail", 0.25)):
-        trained(out, "table1-small", seed, task, "all", 80 * factor, list(range(1, 11)))
-        trained(out, "table1-small", seed, task, "adaptive", 78 * factor, [1, 2, 3, 4, 5])
+        trained(out, "table4-small-all", seed, task, "all", 80 * factor, list(range(1, 11)))
+        trained(out, "table1-small", seed, task, "adaptive", 78 * factor, [1])      # of another table
         for genes, accuracy in enumerate(accuracies, 1):
             chosen = list(range(1, genes + 1))
-            trained(out, f"table4-{genes}", seed, task, "adaptive", accuracy * factor, chosen, genes=genes)
+            trained(out, f"table4-small-{genes}", seed, task, "adaptive", accuracy * factor, chosen, genes=genes)
     table = collected(out, tmp_path / "results", "al-4")
-    ours = [*accuracies, None, 78][fewest - 1]
+    ours = 80 if fewest == 10 else accuracies[fewest - 1]
     assert table.cell("Small, Num", "kinds") == {0: fewest, 1: fewest} and table.cell("Small, Num", "tail") == {0: fewest}
     assert table.cell("Small, Ours", "kinds") == {0: pytest.approx(ours), 1: pytest.approx(ours / 2)}
     assert table.cell("Small, All", "kinds") == {0: 80, 1: 40} and table.cell("Small, All", "tail") == {0: 20}
     printed = tables.fewest_learngenes(table).splitlines()
-    (line,) = [line for line in printed if line.startswith("| Small, Num")]
-    assert line.split("|")[2].strip().startswith(f"{fewest}, {fewest}")
+    (line,) = [line for line in printed if line.startswith("| Small | Num")]
+    assert line.split("|")[3].strip().startswith(f"{fewest}, {fewest}")
 
 
 def test_fig_4_has_tals_beside_all_draws_and_scratch(tmp_path):
@@ -58,15 +58,16 @@ def test_fig_4_has_tals_beside_all_draws_and_scratch(tmp_path):
     out.mkdir()
     for seed in (0, 1):
         for method, accuracy in (("adaptive", 60), ("all", 70), ("scratch", 20), ("heur", 33)):
-            for task in ("kinds", "textures"):
-                trained(out, "table1-small", seed, task, method, accuracy + seed)
+            trained(out, "table1-small", seed, "textures", method, accuracy + seed)
+            if method != "heur":
+                trained(out, "figure4-small", seed, "kinds", method, accuracy + seed)
         for draw in range(5):
-            trained(out, "table1-random", seed, "kinds", "random", 50 + 2 * draw + 3 * seed, draw=draw)
+            trained(out, "figure4-small", seed, "kinds", "random", 50 + 2 * draw + 3 * seed, draw=draw)
     table = collected(out, tmp_path / "results", "al-fig4")
     assert table.columns() == ["kinds"]
-    assert table.cell("TALS", "kinds") == {0: 60, 1: 61} and table.cell("all ten", "kinds") == {0: 70, 1: 71}
-    assert table.cell("From Scratch", "kinds") == {0: 20, 1: 21}
-    assert [table.cell(f"draw {n}", "kinds")[1] for n in range(1, 6)] == [53, 55, 57, 59, 61]
+    assert table.cell("Small, TALS", "kinds") == {0: 60, 1: 61} and table.cell("Small, all ten", "kinds") == {0: 70, 1: 71}
+    assert table.cell("Small, From Scratch", "kinds") == {0: 20, 1: 21}
+    assert [table.cell(f"Small, draw {n}", "kinds")[1] for n in range(1, 6)] == [53, 55, 57, 59, 61]
     *_, line = tables.random_draws(table).splitlines()
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["kinds", "60.5 ± 0.7", "55.5 ± 2.1", "3.2 ± 0.0", "+6.0, +4.0", "70.5 ± 0.7", "20.5 ± 0.7"]
+    assert cells == ["Small", "kinds", "60.5 ± 0.7", "55.5 ± 2.1", "3.2 ± 0.0", "+6.0, +4.0", "70.5 ± 0.7", "20.5 ± 0.7"]
