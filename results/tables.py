@@ -157,7 +157,7 @@ def papers_mean(table, row, columns):
     if table.papers(row, "mean") is not None:
         return table.papers(row, "mean")
     papers = [table.papers(row, column) for column in columns]
-    return None if None in papers else statistics.mean(papers)
+    return statistics.mean(papers) if papers and None not in papers else None
 
 
 def seeds_note(table):
@@ -371,7 +371,7 @@ def linear_models():
 def with_linear_model(page, parts, columns, mean=True):
     """A table's Markdown with a last row: the linear model, which has one run, on each task of `columns`."""
     known = linear_models()
-    if not all(task in known for task in columns):
+    if not columns or not all(task in known for task in columns):
         return page
     values = [known[task][1] for task in columns]
     cells = ["linear model on pixels", *[""] * (parts - 1), *(f"{value:.1f}" for value in values)]
@@ -527,8 +527,8 @@ def p_value(values, bar=0.0):
 
 
 def p_value_of_all(parts, bar):
-    """Of "each part is above the bar": the largest of theirs. Of "not each", if some are below: the smallest of
-    these, times the number of parts. None where a part has less than three values."""
+    """Of "each part is above the bar": the largest of theirs. Of "not each", if some are below: the smallest
+    of these, times the number of parts. None where a part has less than three values."""
     p_values = [p_value(part, bar) for part in parts]
     if None in p_values:
         return None
