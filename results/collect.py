@@ -61,7 +61,7 @@ WHO = {**METHODS, **ABLATIONS, "random": "RandInit", "selection": "selection", "
 STARTS = {"prefine": "Pre-Fine", "scratch": "From Scratch", "heur": "Heur-Learngene",
           "auto": "Auto-Learngene", "peg": "PEG", "tleg": "TLEG", "weight-selection": "weight selection",
           "adaptive": "Adapt-Learngene", "all": "all learngenes"}
-SIZE_OF_WIDTH = {"32": "Tiny", "48": "Small", "64": "Base", "192": "Tiny", "384": "Small", "768": "Base"}
+SIZE_OF_WIDTH = {"32": "Tiny", "48": "Small", "64": "Base", "96": "Base", "192": "Tiny", "384": "Small", "768": "Base"}
 
 # --------------------------------------------------------------------------------------------------
 # Reading runs
@@ -323,6 +323,8 @@ def collect(out, results):
         numbers = list(by_rows_csv(records, table))
         for calculate in CALCULATED.get(table, []):
             numbers += calculate(records)
+        if table == "alternatives" and all(row.endswith(", 0") for row, *_ in numbers):
+            continue                            # of other tables' runs, none of its own
         if numbers:
             write_csv(results / f"{table}.csv", table, numbers)
     if (out / "run.txt").exists():

@@ -2,6 +2,7 @@
 
 Contents: parts of a figure - the figures - drawing them
 """
+import itertools
 import math
 import statistics
 
@@ -96,7 +97,7 @@ def tal_fig3(t, subplots):
         if rows:
             colour = f"C{number}"
             axis.scatter(x, y, s=[6 * n for n in layers], color=colour, alpha=0.65, linewidths=0)
-            axis.annotate(task, (x[-1], y[-1]), xytext=(6, 4), textcoords="offset points", color=colour)
+            axis.annotate(table.shown(task), (x[-1], y[-1]), xytext=(6, 4), textcoords="offset points", color=colour)
     score = table[("silhouette, plane", "all")][seed]
     panel(axis, f"Graphs of 3 to 12 layers for nine tasks, silhouette {score:.2f}",
           "first component (larger points: more layers)", "second component")
@@ -112,26 +113,27 @@ def al_fig3(t, subplots):
             images = sorted(int(column) for column in table.columns(row))
             curve(axis, row.split(", ")[1], {n: table[row, str(n)] for n in images})
             axis.set_xlim(0, 1.3 * images[-1])
-        panel(axis, f"{network}: variety, 32 classes", "training images", "accuracy on val, %")
+        panel(axis, f"{network}: {table.shown('variety')}", "training images", "accuracy on val, %")
         name_curves(axis)
     return figure
 
 
 def al_fig4(t, subplots):
-    """TALS among random draws, by task and seed."""
+    """TALS among random draws, by size, task and seed."""
     table = t["al-fig4"]
-    draws = [row for row in table.rows() if row.startswith("draw")]
-    figure, axes = subplots(1, len(table.columns()), figsize=(3.6 * len(table.columns()), 3.6), squeeze=False)
-    for axis, task in zip(axes[0], table.columns()):
-        seeds = sorted(table["draw 1", task])
-        for draw in draws:
+    sizes = dict.fromkeys(row.split(", ")[0] for row in table.rows())
+    panels = list(itertools.product(sizes, table.columns()))
+    figure, axes = subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), squeeze=False)
+    for axis, (size, task) in zip(axes[0], panels):
+        seeds = sorted(table[f"{size}, draw 1", task])
+        for draw in [row for row in table.rows() if row.startswith(f"{size}, draw")]:
             accuracies = [table[draw, task][seed] for seed in seeds]
-            label = "random draws" if draw == "draw 1" else None
+            label = "random draws" if draw.endswith("draw 1") else None
             axis.scatter(seeds, accuracies, s=18, color="#7f8c8d", label=label)
         for name, marker in (("TALS", "D"), ("all ten", "_"), ("From Scratch", "x")):
-            cell = table.cell(name, task)
+            cell = table.cell(f"{size}, {name}", task)
             axis.scatter(list(cell), list(cell.values()), color=COLOURS[name], marker=marker, label=name)
-        panel(axis, task, "seed (pool)", "accuracy, %")
+        panel(axis, f"{size}: {table.shown(task)}", "seed (pool)", "accuracy, %")
         axis.set_xticks(seeds)
         axis.set_ylim(bottom=0)
     axes[0][-1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
