@@ -110,7 +110,7 @@ setting ablation_sizes    small                                 "small base"
 setting unseen_sizes      small-3                               "tiny-3 small-6"
 setting depths \
     "small-3 small-6 small-9" \
-    "$(echo {tiny,small}-{6,9,12} base-{6..12})"
+    "$(echo {tiny,small}-{6,9,12} base-{6..12})" # A15: of two rows "Base 12" one is 11
 
 # Tasks
 setting base              base                                  imagenet
@@ -120,7 +120,7 @@ setting nine \
 setting decathlon         ""                                    decathlon/
 setting nine_split        ""                                    "--split val"
 setting every_third       "aircraft textures digits"            "aircraft dtd svhn"
-setting unseen            clothing,faces,lesions                fashion-mnist,fer2013,ham10000
+setting unseen            clothing,faces,lesions                fashion-mnist,fer2013,ham10000 # D23
 setting texts \
     "paraphrases acceptability entailment sentiment" \
     "mrpc cola rte imdb"

@@ -686,7 +686,8 @@ def claim_table(head, claims, wording):
             effect += f" {claim['unit']}"
         if claim["low"]:
             effect += f" [{claim['low']}, {claim['high']}]"
-        words = [bold(claim["verdict"]), bold(claim["corrected"])]
+        same = claim["corrected"] == claim["verdict"]
+        words = [bold(claim["verdict"]), "same" if same else claim["corrected"].replace("cannot be told here", "not told")]
         lines.append([claim[wording], f"{paper}, {claim['where']}", effect, *words])
     return markdown(head, lines)
 
@@ -726,7 +727,7 @@ def write(results, readme=None):
         claims = [claim for claim in claims if claim["table"] != "alternatives"]
     claims = [judge(claim, t[claim["table"]]) for claim in claims]
     corrected(claims)
-    head = ["claim of the paper", "where", "here: effect [95 %]", "verdict", "after Holm's correction"]
+    head = ["claim of the paper", "where", "here: effect [95 %]", "verdict", "Holm"]
     runs = {"runs": machine(results)}
     tal = filled("tal.md", with_notes(tal_page(t), t) | runs, real)
     adaptive = filled("adaptive.md", with_notes(adaptive_page(t), t) | runs, real)
@@ -746,7 +747,7 @@ def write(results, readme=None):
         writer.writerows(claims)
     if readme:
         headlines = [claim for claim in claims if claim["headline"]]
-        head = ["claim", "paper", "effect here [95 %]", "verdict", "after Holm's correction"]
+        head = ["claim", "paper", "effect here [95 %]", "verdict", "Holm"]
         table = claim_table(head, headlines, "headline")
         marked = re.compile("(<!-- claims -->\n).*(<!-- /claims -->)", re.DOTALL)
         readme.write_text(marked.sub(lambda found: found[1] + table + "\n" + found[2], readme.read_text()))

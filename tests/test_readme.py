@@ -106,7 +106,7 @@ def test_every_decision_is_listed_and_tagged():
     for letter, file in (("D", "tal.py"), ("A", "adaptive_learngene.py")):
         mine = [tag for tag in listed if tag[0] == letter]
         assert mine == [f"{letter}{k}" for k in range(1, len(mine) + 1)]
-        code = "".join((ROOT / name).read_text() for name in (file, "common.py", "data.py"))
+        code = "".join((ROOT / name).read_text() for name in (file, "common.py", "data.py", "reproduce.sh"))
         assert set(re.findall(rf"\b{letter}\d+\b", code)) == set(mine)
 
 
