@@ -142,8 +142,8 @@ setting unseen_short      "--train-images 4000"                 "--train-epochs 
 setting unseen_long       "--train-images 40000"                "--train-epochs 100"
 setting text_length       "--train-images 60000"                "--train-epochs 100"
 setting text_logah_length "--tune-epochs 15"                    "--tune-epochs 250"
+setting six_few           "--train-images 2000"                 ""
 setting six_length        "--train-images 8000"                 "--train-epochs 500"
-setting six_tiny_length   "--train-images 4000"                 "--train-epochs 500"
 setting sixth_length      ""                                    "--train-epochs 100"
 setting wide_length       "--train-images 8000"                 "--train-epochs 50"
 setting wide_scratch      "--train-images 8000"                 "--train-epochs 100"
@@ -310,17 +310,18 @@ tal-fig3() { # task-specific graphs
 pools() { # pools SIZE SEEDS: ten class subsets of the wide task, one learngene each
     for seed in $2; do
         case $1 in
-        small) al 5.5 "small-s$seed" --stage ancestry --seed "$seed" --size "${sizes}small" ;;
-        *) al 3.0 "$1-s$seed" --stage ancestry --seed "$seed" --size "$sizes$1" ;;
+        base) al 27.0 "base-s$seed" --stage ancestry --seed "$seed" --size "${sizes}base" ;;
+        small) al 9.0 "small-s$seed" --stage ancestry --seed "$seed" --size "${sizes}small" ;;
+        *) al 6.0 "$1-s$seed" --stage ancestry --seed "$seed" --size "$sizes$1" ;;
         esac
     done
 }
 
 ancestors() { # ancestors SIZE: of the baselines, on as many images as a pool
     case $1 in
-    small) al 18.0 ancestors --stage pretrain --size "${sizes}small" --method tleg,weight-selection ;;
-    tiny) al 5.5 ancestors --stage pretrain --size "${sizes}tiny" --method tleg,weight-selection ;;
-    base) al 5.5 ancestors --stage pretrain --size "${sizes}base" --method tleg ;;
+    small) al 25.0 ancestors --stage pretrain --size "${sizes}small" --method tleg,peg,auto ;;
+    tiny) al 15.0 ancestors --stage pretrain --size "${sizes}tiny" --method tleg,peg,auto ;;
+    base) al 75.0 ancestors --stage pretrain --size "${sizes}base" --method tleg,peg,auto ;;
     esac
 }
 
@@ -329,16 +330,35 @@ descendants() { # descendants MINUTES NAME SIZE SEED FLAGS...: trained on, from 
 }
 
 al-1() { # six tasks, from every start
-    six_tasks 6.5 small "$seeds" "$six_length"
-    six_tasks 3.3 tiny "$once" "$six_tiny_length"
+    six_tasks 6.5 small "$seeds"
+    six_tasks 3.3 tiny "$once"
+    selected_weights 6.5 small "$seeds"
+    selected_weights 3.3 tiny "$once"
 }
 
-six_tasks() { # six_tasks MINUTES SIZE SEEDS LENGTH
-    starts="--ancestors $out/ancestors --method adaptive,scratch,prefine,heur,auto,peg,tleg,weight-selection"
+six_tasks() { # six_tasks MINUTES SIZE SEEDS: on drawn data also after few images
+    starts="--ancestors $out/ancestors --method adaptive,all,scratch,prefine,heur,auto,peg,tleg"
     pools "$2" "$3"
     ancestors "$2"
     for seed in $3; do
-        descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $4
+        if [[ $six_few ]]; then
+            descendants "$1" "table1-$2-few-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_few
+        fi
+        descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_length
+        if [[ $sixth ]]; then
+            descendants 0.0 "table1-$2-s$seed" "$2" "$seed" --data "$sixth" $starts $sixth_length
+        fi
+    done
+}
+
+selected_weights() { # selected_weights MINUTES SIZE SEEDS: the same six, from the next larger ancestor
+    al 30.0 ancestors --stage pretrain --size "$sizes$2" --method weight-selection
+    starts="--ancestors $out/ancestors --method weight-selection"
+    for seed in $3; do
+        if [[ $six_few ]]; then
+            descendants "$1" "table1-$2-few-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_few
+        fi
+        descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_length
         if [[ $sixth ]]; then
             descendants 0.0 "table1-$2-s$seed" "$2" "$seed" --data "$sixth" $starts $sixth_length
         fi
@@ -410,7 +430,7 @@ al-fig4() { # five of ten learngenes, chosen by TALS and at random
 headline() { # what the headline claims rest on, all of it with three seeds
     local once=$seeds
     hypernetworks logah tal no-task-info no-ancestry
-    six_tasks 6.5 small "$seeds" "$six_length"
+    six_tasks 6.5 small "$seeds"
     al-4
 }
 
