@@ -97,14 +97,13 @@ setting at_a_time         "${JOBS:-2}"                          "${JOBS:-1}"
 setting tal_flags         ""                                    "$paper_flags"
 setting text_flags        ""                                    "$paper_flags --tokens $GPT2"
 setting al_flags          ""                                    "$paper_flags"
-setting ancestry          $out/ancestry/ancestry.pt             "$ANCESTRY"
 setting text_ancestry     $out/text-ancestry/ancestry.pt        "$GPT2/model.safetensors"
 
 # Networks: what precedes their sizes' names, and SIZE-LAYERS
 setting sizes             drawn-                                ""
 setting swin              drawn-swin                            swin_t
 setting swin_stream       "--stream wide/5 --ancestry-epochs 5" ""
-setting ancestry_size     base-4                                base-12
+setting ancestry_size     "--size 64x8 --depth 4"               "--size base --depth 12"
 setting curve_size        small                                 base
 setting ablation_sizes    small                                 "small base"
 setting unseen_sizes      small-3                               "tiny-3 small-6"
@@ -169,7 +168,7 @@ three_tasks=$decathlon${every_third// /,$decathlon}
 # ----------------------------------------------------------------------------------------------------------
 # The commands, by table
 #
-#     tal MINUTES NAME FLAGS...     is  python tal.py --output $out/NAME --ancestry $ancestry FLAGS...
+#     tal MINUTES NAME FLAGS...     is  python tal.py --output $out/NAME --ancestry FILE FLAGS...
 #     text MINUTES NAME FLAGS...    is  python tal.py --output $out/NAME --modality text FLAGS...
 #     al MINUTES NAME FLAGS...      is  python adaptive_learngene.py --output $out/NAME FLAGS...
 #
@@ -185,20 +184,31 @@ seeds_of() { # seeds_of METHOD
 }
 
 hypernetworks() { # hypernetworks METHOD...: pretrained and tuned; their networks are measured untrained
-    if [[ $mode != paper ]]; then
-        cell 3.5 ancestry python tal.py --output "$out/ancestry" --stage ancestry $tal_flags
-    fi
     for method in "$@"; do
         for seed in $(seeds_of "$method"); do
+            if [[ $mode != paper ]]; then
+                cell 5.0 "ancestry-s$seed" python tal.py --output "$out/ancestry-s$seed" --stage ancestry \
+                    --seed "$seed" $tal_flags
+            fi
             case $method in
             tal) untrained 6.0 "tal-s$seed" "$seed" ;;
             tal+) untrained 8.0 "tal+-s$seed" "$seed" --method tal+ ;;
             logah) untrained 4.8 "logah-s$seed" "$seed" --method logah ;;
             ghn3) untrained 6.6 "ghn3-s$seed" "$seed" --method ghn3 ;;
+            informed) informed ;;
             no-*) untrained 5.5 "$method-s$seed" "$seed" --without "${method#no-}" ;;
             esac
         done
     done
+}
+
+informed() { # an ancestry that knows the nine tasks and teaches in both stages (D15, D17)
+    if [[ $mode != paper ]]; then
+        cell 3.5 "ancestry-informed-s$seed" python tal.py --output "$out/ancestry-informed-s$seed" \
+            --stage ancestry --seed "$seed" --ancestry-tasks "$base,$nine_tasks" $tal_flags
+        untrained 6.0 "tal-informed-s$seed" "$seed" --tune-alpha 0.5 \
+            --ancestry "$out/ancestry-informed-s$seed/ancestry.pt"
+    fi
 }
 
 untrained() { # untrained MINUTES NAME SEED FLAGS...: the paper's numbers are those of the Decathlon's val
@@ -221,7 +231,7 @@ tal-1() { # the base task: untrained, as pretrained; then trained on
 }
 
 tal-2() { # the nine tasks, without training
-    hypernetworks ghn3 logah tal tal+
+    hypernetworks ghn3 logah tal tal+ informed
 }
 
 tal-3() { # the nine tasks, trained on; from random parameters twice as long
@@ -293,7 +303,7 @@ tal-7() { # tuned on one task alone, from the pretraining of TAL
 }
 
 tal-8() { # ablations; Table 9 has the same by size and task
-    hypernetworks no-task-info no-ancestry tal
+    hypernetworks no-task-info no-ancestry tal informed
 }
 
 tal-9() {
@@ -490,7 +500,7 @@ alternatives() {
         tal 3.2 "random-s$seed/equal" --stage train --seed "$seed" --data "$three_tasks" --method random \
             $pipeline_images
         # Where sizes match, the ancestry itself can be trained on, under a fresh head.
-        flags+=",$unseen --size $sizes${ancestry_size%-*} --depth ${ancestry_size#*-} $more_images"
+        flags+=",$unseen $ancestry_size $more_images"
         tal 0.8 "random-s$seed/base" $flags --method random
         tal 0.8 "tal-s$seed" $flags
         tal 0.8 "finetune-s$seed" $flags --method finetune
@@ -529,6 +539,10 @@ cell() { # cell MINUTES NAME COMMAND...
 }
 
 tal() {
+    local ancestry=$ANCESTRY
+    if [[ $mode != paper ]]; then
+        ancestry=$out/ancestry-s$seed/ancestry.pt               # every seed has its own
+    fi
     cell "$1" "$2" python tal.py --output "$out/$2" --ancestry "$ancestry" "${@:3}" $tal_flags
 }
 

@@ -23,7 +23,7 @@ import statistics
 from pathlib import Path
 
 import figures
-from collect import (ABLATIONS, CLASSES, METHODS, NINE, PAPERS_NAME, STARTS, TABLES, TEXT, UNSEEN, codes,
+from collect import (ABLATIONS, CLASSES, INFORMED, METHODS, NINE, PAPERS_NAME, STARTS, TABLES, TEXT, UNSEEN, codes,
                      collect)
 
 RESULTS = Path(__file__).resolve().parent
@@ -409,7 +409,8 @@ def tal_page(t):
     unseen_sizes = ["3-Tiny", "6-Small"] if t["tal-5"].real else ["3-Small"]
     table5 = pairs(unseen_sizes, pairs(UNSEEN, ["short", "long"]))
     fig3 = ["silhouette, plane", "silhouette, full", "share between tasks"]
-    table2 = printed(t["tal-2"], pairs(SIZES, methods), **nine)
+    informed = [] if t["tal-2"].real else list(INFORMED.values())
+    table2 = printed(t["tal-2"], pairs(SIZES, [*methods, *informed]), **nine)
     table3 = printed(t["tal-3"], pairs(twelve, ["RandInit", *methods]), **nine)
     if not t["tal-2"].real:
         table2 = with_linear_model(table2 + trained_directly(t["alternatives"]), 2, NINE)
@@ -425,7 +426,7 @@ def tal_page(t):
         "minutes, LoGAH": spread(text.cell("minutes, LoGAH", "all")),
         "minutes, TAL": spread(text.cell("minutes, TAL", "all")),
         "tal-7": printed(t["tal-7"], pairs(twelve, ["TAL-st", "TAL"]), **nine),
-        "tal-8": printed(t["tal-8"], list(ablations), ["mean"]),
+        "tal-8": printed(t["tal-8"], [*ablations, *informed], ["mean"]),
         "tal-9": printed(t["tal-9"], pairs(SIZES[:6], ablations), **nine),
         "tal-fig3": printed(t["tal-fig3"], fig3, ["all"], corner="drawn data, nine tasks", digits=2),
     }
@@ -440,9 +441,12 @@ def trained_directly(table):
     return f"\n| {' | '.join(cells)} | {spread(table.mean([row], NINE))} |"
 
 
+AL_SIZES = ["Tiny few", "Tiny", "Small few", "Small", "Base"]      # few: after few images
+
+
 def adaptive_page(t):
     starts = [start for start in STARTS.values() if start != STARTS["all"]]
-    table1 = [row for row in pairs(["Tiny", "Small"], starts) if row in t["al-1"].rows()]
+    table1 = [row for row in pairs(AL_SIZES, starts) if row in t["al-1"].rows()]
     table3 = [start for start in STARTS.values() if start in t["al-3"].rows()]
     page1 = printed(t["al-1"], table1, mean=True)
     if not t["al-1"].real:
