@@ -530,7 +530,7 @@ def percent(logits, y):
     return 100 * float((logits.argmax(-1) == y).float().mean())
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def in_parts(function, task, images, size=500):
     """function(normalised images), `size` images at a time."""
     return torch.cat([function(task.normalise(part)) for part in images.split(size)])
@@ -644,10 +644,13 @@ class Rewards:
             with common.writing(self.path), open(self.path, "a") as file:
                 file.write(f"\n{line}\n")        # on a line of its own, whatever was torn before
 
-    def best(self, k=0):
-        """The best selection seen, of size k if k > 0; among equals the first in their order."""
+    def ranked(self, k=0):
+        """Selections seen, of size k if k > 0, from the best on; equals in their own order."""
         subsets = [subset for subset in sorted(self.seen) if k in (0, sum(subset))]
-        return max(subsets, key=lambda subset: self.seen[subset][0])
+        return sorted(subsets, key=lambda subset: -self.seen[subset][0])
+
+    def best(self, k=0):
+        return self.ranked(k)[0]
 
 
 def reinforce(rewards, k, steps, generator, samples=16, lr=0.05, decay=0.9, entropy=0.01,
@@ -710,10 +713,10 @@ def ridge_logits(f, y, C, temperature=10.0, kappa=0.1):
     f, Y = (f - f.mean(0)).double(), F.one_hot(y, C).double()
     Y = Y - Y.mean(0)
     A = f.T @ f
-    ridge = kappa * A.trace() / len(A) * torch.eye(len(A), dtype=A.dtype, device=A.device)
-    H = f @ torch.linalg.solve(A + ridge, f.T)
-    h = H.diagonal()[:, None]
-    return (temperature * (H @ Y - h * Y) / (1 - h)).float()
+    A += kappa * A.trace() / len(A) * torch.eye(len(A), dtype=A.dtype, device=A.device)
+    h = (f * torch.linalg.solve(A, f.T).T).sum(1, keepdim=True)    # the hat matrix's diagonal
+    fitted = f @ torch.linalg.solve(A, f.T @ Y)
+    return (temperature * (fitted - h * Y) / (1 - h)).float()
 
 
 CLOSED_FORMS = {"means": class_mean_logits, "ridge": ridge_logits}
@@ -827,10 +830,8 @@ def patch_logits(pool, task, depths, tals):
     return logits, y
 
 
-def search_selection(pool, task, depths, tals, path=None, title=None):
-    """(G, what the search saw: a dict of plain values). path: of Rewards; title: of a bar."""
-    N = len(pool)
-    check_genes(tals.genes, pool)
+def scored(pool, task, depths, tals):
+    """(score, y): score(G) -> (reward, accuracy of the reward head); y: labels of what it sees."""
     if tals.reward_head == "trained" and task.segmentation:
         raise InputError("--reward-head trained is for classification; else say means or ridge")
     logits_for = patch_logits if task.segmentation else image_logits
@@ -841,19 +842,47 @@ def search_selection(pool, task, depths, tals, path=None, title=None):
     def score(G):
         z = logits(G)
         return float(reward(z, y, G, lam=tals.lam)), percent(z, y)
+    return score, y
 
-    rewards, policy = Rewards(score, N, path), None
+
+FIRST_LOOK = 0.5        # of the reward set, while the policy learns (A7)
+FINALISTS = 16          # selections that are then looked at on all of it
+
+
+def search_selection(pool, task, depths, tals, path=None, title=None):
+    """(G, what the search saw: a dict of plain values). path: of Rewards; title: of a bar."""
+    N, k, policy = len(pool), tals.genes, None
+    check_genes(k, pool)
+    score, y = scored(pool, task, depths, tals)
+    rewards = Rewards(score, N, path)
     if tals.search == "exhaustive":
-        exhaustive(rewards, tals.genes)
+        exhaustive(rewards, k)
+        visited = len(rewards.seen)
     else:
+        first = rewards
+        if tals.reward_head != "trained":
+            few = dataclasses.replace(tals, reward_share=FIRST_LOOK * tals.reward_share)
+            path = path and path.with_name(f"first-{path.name}")
+            first = Rewards(scored(pool, task, depths, few)[0], N, path)
         generator = data.generator(tals.seed, 11)
-        policy = reinforce(rewards, tals.genes, tals.select_steps, generator, title=title).tolist()
-    G, visited = rewards.best(tals.genes), len(rewards.seen)
+        policy = reinforce(first, k, tals.select_steps, generator, title=title).tolist()
+        rewards(torch.tensor(first.ranked(k)[:FINALISTS]))
+        visited = len(first.seen)
+    G = rewards.best(k)
     r, accuracy = rewards.seen[G]
     return G, {
         "learngenes": learngenes_of(G), "reward": r, "accuracy": accuracy, "examples": len(y),
         "chance": 100 * float(torch.bincount(y).max()) / len(y), "visited": visited,
         "policy": policy, "singles": dict(enumerate(rewards(torch.eye(N)).tolist(), 1))}
+
+
+def rewards_by_head(pool, task, depths, tals, G):
+    """{reward head: r(G)} of one selection: by the closed forms, and by the head of `tals`."""
+    found, G = {}, torch.tensor(G, dtype=torch.float32)
+    for head in dict.fromkeys([*CLOSED_FORMS, tals.reward_head]):
+        score, _ = scored(pool, task, depths, dataclasses.replace(tals, reward_head=head))
+        found[head], _ = score(G)
+    return found
 
 
 def select(pool, task, depth=None, data_dir="data", **settings):
@@ -948,8 +977,9 @@ def parameter_counts(net, k, N, constrained=False):
 # Baselines
 # --------------------------------------------------------------------------------------------------
 
-OURS = ["adaptive", "all", "random"]
-DRAWS = 5       # of random (Fig. 4)
+RANDOM = ["random", "random1"]      # any learngenes; learngene 1 and any others
+OURS = ["adaptive", "all", *RANDOM]
+DRAWS = 5                           # of either (Fig. 4)
 METHODS = OURS + ["scratch", "prefine", "heur", "auto", "peg", "tleg", "weight-selection"]
 LARGER = {      # whose weights weight selection takes
     "drawn-tiny": "drawn-small", "drawn-small": "drawn-base", "tiny": "small", "small": "base"}
@@ -1257,12 +1287,16 @@ def train_descendant(run, args, pool, task, depths, method, G, draw):
     if args.export and run.machine.rank == 0:
         export(run, args, net, trained, task, {**about, "accuracy": result})
     print_result(run, about, f"{result:.2f} %")
-    run.result("train", about, accuracy=result, curve=run.values(stage, "val"), **counts)
+    rewards = None
+    if method in ("adaptive", *RANDOM):     # does the reward know which selections train well?
+        rewards = rewards_by_head(pool, task, depths, picked(TALS, args), G)
+    curve = run.values(stage, "val")
+    run.result("train", about, accuracy=result, curve=curve, rewards=rewards, **counts)
 
 
 def description(args, task, depths, method, G, draw, start):
     """What a further training is of: the key of its line in the log."""
-    label = f"{method}{draw + 1}" if method == "random" else method
+    label = f"{method}-{draw + 1}" if method in RANDOM else method
     if args.constrained and G is not None:
         label += "-constrained"
     return {
@@ -1530,10 +1564,10 @@ def check_settings(args):
     if args.stage == "ancestry" and not args.data:
         stream_names(args)
     if args.export:
-        one = "," not in args.data + args.method and args.method != "random"
+        one = "," not in args.data + args.method and args.method not in RANDOM
         if args.stage != "train" or args.size in SWIN_SIZES or not one:
             raise InputError("--export is for --stage train with one task, one --method (not "
-                             "random), and ViTs")
+                             "random or random1), and ViTs")
         common.check_export(args.export, args.format, args.pooling)
 
 
@@ -1544,7 +1578,7 @@ def check_method(args, method, depth):
         return
     if args.size in SWIN_SIZES:
         raise InputError(f"--method {method} is written for ViT; for {args.size} choose among "
-                         "adaptive, all, random and scratch")
+                         f"{', '.join(OURS)} and scratch")
     if method == "weight-selection" and args.size not in LARGER:
         raise InputError(f"weight selection needs a network larger than {args.size}; there is "
                          "none, choose a smaller --size")
@@ -1698,17 +1732,18 @@ def selections(run, args, pool, task, depths):
     if pool is not None:
         check_genes(args.genes, pool)
     for method in names(args.method):
-        if found is None and (method == "adaptive" or method == "random" and not args.genes):
+        if found is None and (method == "adaptive" or method in RANDOM and not args.genes):
             found = selected(run, args, pool, task, depths)
         if method == "adaptive":
             yield method, found, 0
         elif method == "all":
             yield method, selection_of(None, len(pool)), 0
-        elif method == "random":        # as many as TALS selects
-            k = args.genes or sum(found)
+        elif method in RANDOM:          # as many as TALS selects
+            k, held = args.genes or sum(found), [1] if method == "random1" else []
             for draw in range(DRAWS):
                 chance = Random(f"{args.seed} {task.name} {draw}")
-                chosen = chance.sample(range(1, len(pool) + 1), k)
+                others = range(1 + len(held), len(pool) + 1)
+                chosen = held + chance.sample(others, k - len(held))
                 yield method, selection_of(chosen, len(pool)), draw
         else:
             yield method, None, 0

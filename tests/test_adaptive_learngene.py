@@ -1185,6 +1185,37 @@ def test_patches_of_scenes_are_examples(cache, made):
     assert al.reward(logits(G), y, G).item() == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.parametrize("genes", [0, 2])
+def test_tals_looks_at_half_first_and_at_the_best_again(genes, cache, made, monkeypatch):
+    """The policy learns on half of the reward set; of what it saw, the best 16 are looked at on all of it, and the best of
+    these is taken, though half of the images say another. An exhaustive search looks at all images at once."""
+    pool, task, shares, asked = al.open_pool(made[0] / "pool"), task_of(cache, "kinds"), [], []
+    pool.records *= 2                                        # six learngenes
+    first, second = landscape(0, 6), landscape(1, 6)
+
+    def scored(pool, task, depths, tals):
+        shares.append(tals.reward_share)
+        value = first if tals.reward_share < 0.3 else second
+
+        def score(G):
+            asked.append((tals.reward_share, tuple(G.int().tolist())))
+            return value(G.tolist()), 0.0
+        return score, torch.tensor([0, 1])
+    monkeypatch.setattr(al, "scored", scored)
+    G, seen = al.search_selection(pool, task, [2], al.TALS(reward_share=0.4, genes=genes, select_steps=40))
+    looked = [subset for share, subset in asked if share == 0.2]
+    again = [subset for share, subset in asked if share == 0.4]
+    ranked = sorted(looked, key=first, reverse=True)[:16]
+    singles = [tuple(row) for row in torch.eye(6).int().tolist()]
+    assert sorted(shares) == [0.2, 0.4] and seen["visited"] == len(looked) == len(set(looked))
+    assert set(again) == {*ranked, *singles}
+    assert G == max(ranked, key=second) != max(looked, key=first) and seen["reward"] == second(G)
+    shares.clear()
+    G, seen = al.search_selection(pool, task, [2], al.TALS(reward_share=0.4, genes=genes, search="exhaustive"))
+    everything = [G for G in itertools.product((0, 1), repeat=6) if (sum(G) == genes if genes else any(G))]
+    assert shares == [0.4] and G == max(everything, key=second) and seen["visited"] == len(everything)
+
+
 def selected(cache, made, folder, task, *more):
     args = al.settings(flags(cache, folder, "--stage select --data kinds", *more))
     return al.selected(run_in(folder), args, al.open_pool(made[0] / "pool"), task, [3])
@@ -1610,6 +1641,10 @@ def test_random_draws_have_the_asked_size_and_differ(monkeypatch):
     *draws, adaptive, everyone, heur = drawn("--genes", "5")
     assert all(len(G) == 10 and sum(G) == 5 for G in draws) and len(set(draws)) == len(draws) == 5
     assert drawn("--genes", "5")[:5] == draws and drawn("--genes", "5", "--seed", "1")[:5] != draws
+    assert len({G[0] for G in draws}) == 2                   # with learngene 1 or without it
+    with_first = drawn("--genes", "5", "--method", "random1")
+    assert all(sum(G) == 5 and G[0] == 1 for G in with_first) and len(set(with_first)) == 5
+    assert drawn("--genes", "1", "--method", "random1") == [(1,) + (0,) * 9] * 5
     assert [sum(G) for G in drawn()[:5]] == [3] * 5
     assert (adaptive, everyone, heur) == ((1, 1, 0, 0, 0, 0, 0, 1, 0, 0), (1,) * 10, None)
 
@@ -1902,16 +1937,33 @@ def test_every_method_under_one_schedule(cache, made, tmp_path):
     argv = flags(cache, tmp_path, "--stage train --data kinds --method", ",".join(al.METHODS), "--pool", made[0] / "pool")
     al.main(argv)
     results, log = log_of(tmp_path, "train"), (tmp_path / "log.jsonl").read_text()
-    assert [r["method"] for r in results] == [m for m in al.METHODS for _ in range(5 if m == "random" else 1)]
+    assert [r["method"] for r in results] == [m for m in al.METHODS for _ in range(5 if m in al.RANDOM else 1)]
     assert len({(r["images"], r["lr"], r["deployed"], tuple(r["depths"])) for r in results}) == 1
     assert all(0 <= r["accuracy"] <= 100 and len(r["curve"]) == 2 for r in results)
     assert all((r["learngenes"] is not None) == (r["method"] in al.OURS) for r in results)
     assert [r["draw"] for r in results if r["method"] == "random"] == [0, 1, 2, 3, 4]
+    assert all((r["rewards"] is not None) == (r["method"] in ("adaptive", *al.RANDOM)) for r in results)
     networks = {f.name: f.read_bytes() for f in tmp_path.glob("*.pt")}
     assert {f"{stage}.pt" for stage in ("pretrain-drawn-tiny", "pretrain-drawn-small", "tleg-drawn-tiny", "peg-drawn-tiny", "auto-drawn-tiny")} < set(networks)
     al.main(argv)
     assert (tmp_path / "log.jsonl").read_text() == log
     assert {f.name: f.read_bytes() for f in tmp_path.glob("*.pt")} == networks
+
+
+def test_training_logs_the_reward_of_what_it_trained(cache, made, tmp_path):
+    """By class means, by ridge, and by the head of --reward-head: what a selection was worth before it was trained."""
+    argv = ["--stage train --data kinds --method random --genes 2 --train-images 20 --reward-share 0.3 --pool", made[0] / "pool"]
+    al.main(flags(cache, tmp_path, *argv))
+    pool, task = al.open_pool(made[0] / "pool"), task_of(cache, "kinds")
+    rows = al.reward_rows(task, 0.3, 0)
+    x, y = task.normalise(task.images["train"][rows]), task.labels["train"][rows]
+    for record in log_of(tmp_path, "train"):
+        G = al.selection_of(record["learngenes"], 3)
+        f = pool.fill(small_vit().eval(), G).encode(x).detach()
+        means, ridge = (al.reward(head(f, y, 10), y, torch.tensor(G)).item() for head in (al.class_mean_logits, al.ridge_logits))
+        assert record["rewards"] == {"means": pytest.approx(means, abs=1e-4), "ridge": pytest.approx(ridge, abs=1e-4)}
+    al.main(flags(cache, tmp_path / "trained", *argv, "--reward-head trained"))
+    assert list(log_of(tmp_path / "trained", "train")[0]["rewards"]) == ["means", "ridge", "trained"]
 
 
 def test_the_curve_is_of_val_and_the_result_of_the_split(cache, tmp_path, monkeypatch):
