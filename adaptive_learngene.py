@@ -1064,54 +1064,59 @@ def published(args):
     return args.ancestors.split(",") if args.ancestors.endswith(suffixes) else []
 
 
+def from_stream(run, args, stage, build, share=0.5, distilled=False):
+    """build(number of classes), trained on all classes of the stream at once.
+
+    share: of the epochs of an ancestor; half is what TLEG's authors took. distilled: under the
+    ancestor's soft labels. A directory --ancestors has it ready.
+    """
+    state = made_elsewhere(args, stage)
+    torch.manual_seed(args.seed)
+    if state:
+        net = build(len(state["head.bias"]))
+        load_weights(net, state, f"{args.ancestors}/{stage}.pt")
+        return net.eval()
+    task = whole_stream(run, args)
+    net = build(task.num_classes)
+    teacher = ancestor(run, args, args.size, task) if distilled else None
+    images = share * args.ancestry_epochs * len(task.labels["train"])
+    identity = {name: getattr(args, name) for name in ("patch", "pooling", "ancestry_depth")}
+    optimise(run, args, stage, net, task, images, args.lr, identity, teacher=teacher)
+    own = accuracy(net.eval(), task, "val", run.machine.device)
+    run.print(f"{stage}: {own:.1f} % on val of {task.name}")
+    return net
+
+
 @functools.lru_cache(4)
 def pretrained(run, args, size):
-    """A plain ViT, trained on all classes of the stream at once, on as many images.
+    """A plain ViT that has seen as many images as the learngenes together.
 
     It is the ancestor of Pre-Fine, Heur, Auto, PEG and weight selection, and TLEG's teacher.
     """
-    stage, device = f"pretrain-{size}", run.machine.device
-    state = made_elsewhere(args, stage)
-    task = None if state else whole_stream(run, args)
     config = dataclasses.replace(picked(AncestryConfig, args), size=size)
-    torch.manual_seed(args.seed)
-    num_classes = len(state["head.bias"]) if state else task.num_classes
-    net = backbone(config, [args.ancestry_depth], num_classes).to(device)
-    if state:
-        load_weights(net, state, f"{args.ancestors}/{stage}.pt")
-    else:
-        images = args.ancestry_epochs * len(task.labels["train"])
-        identity = {**asdict(config), "depths": [args.ancestry_depth]}
-        optimise(run, args, stage, net, task, images, args.lr, identity)
-        run.print(f"{stage}: {accuracy(net.eval(), task, 'val', device):.1f} % on val")
-    return net.eval().requires_grad_(False)
+
+    def build(num_classes):
+        return backbone(config, [args.ancestry_depth], num_classes).to(run.machine.device)
+    return from_stream(run, args, f"pretrain-{size}", build, share=1.0).requires_grad_(False)
 
 
 @functools.lru_cache(4)
 def tleg(run, args):
     """TLEG (Xia et al. 2024): `compose` with two full blocks, theta_B + (l - 1) / L theta_A.
 
-    They train at once under the ancestor's soft labels, for half as many epochs (its authors'
-    choice). Returns what `fill` takes: theta {name: (2, ...)}, stem, G, config.
+    They train at once under the ancestor's soft labels. Returns what `fill` takes: theta
+    {name: (2, ...)}, stem, G, config.
     """
-    stage, device = f"tleg-{args.size}", run.machine.device
-    state = made_elsewhere(args, stage)
-    task = None if state else whole_stream(run, args)
     config = dataclasses.replace(picked(AncestryConfig, args), basis="chebyshev", init="block")
-    torch.manual_seed(args.seed)
-    net = backbone(config, [args.ancestry_depth], 0).to(device)
-    theta_B = new_learngene(learngene_shapes(net), "block")
-    theta_A = new_learngene(learngene_shapes(net), "random")       # its authors': without gains
-    head = new_head(net.width, len(state["head.bias"]) if state else task.num_classes)
-    genes = {1: theta_B, 2: theta_A}
-    net = ComposedNetwork(net, config, 2, genes, head, train_stem=True).to(device)
-    if state:
-        load_weights(net, state, f"{args.ancestors}/{stage}.pt")
-    else:
-        images = args.ancestry_epochs / 2 * len(task.labels["train"])
-        identity = {**asdict(config), "depths": [args.ancestry_depth]}
-        teacher = ancestor(run, args, args.size, task)
-        optimise(run, args, stage, net, task, images, args.lr, identity, teacher=teacher)
+
+    def build(num_classes):
+        net = backbone(config, [args.ancestry_depth], 0).to(run.machine.device)
+        theta_B = new_learngene(learngene_shapes(net), "block")
+        theta_A = new_learngene(learngene_shapes(net), "random")   # its authors': without gains
+        head = new_head(net.width, num_classes)
+        model = ComposedNetwork(net, config, 2, {1: theta_B, 2: theta_A}, head, train_stem=True)
+        return model.to(run.machine.device)
+    net = from_stream(run, args, f"tleg-{args.size}", build, distilled=True)
     theta = {name: tensor.detach() for name, tensor in net.theta().items()}
     return theta, dict(net.stem.named_parameters()), (1, 1), config
 
@@ -1182,23 +1187,17 @@ def along(axis, module, tensor):
 
 @functools.lru_cache(4)
 def peg(run, args):
-    """{name: tensor} of PEG's network, as deep as the ancestor, after half as many epochs."""
+    """{name: tensor} of PEG's network, as deep as the ancestor."""
     stage, device = f"peg-{args.size}", run.machine.device
-    state = made_elsewhere(args, stage)
-    task = None if state else whole_stream(run, args)
-    config = picked(AncestryConfig, args)
-    torch.manual_seed(args.seed)
-    net = backbone(config, [args.ancestry_depth], 0).to(device)
-    if not state:
-        net.load_state_dict(ancestor(run, args, args.size, task).state_dict(), strict=False)
-    head = new_head(net.width, len(state["head.bias"]) if state else task.num_classes)
-    net = Expansion(net, head, data.generator(args.seed, 13)).to(device)
-    if state:
-        load_weights(net, state, f"{args.ancestors}/{stage}.pt")
-    else:
-        images = args.ancestry_epochs / 2 * len(task.labels["train"])
-        identity = {**asdict(config), "depths": [args.ancestry_depth]}
-        optimise(run, args, stage, net, task, images, args.lr, identity)
+
+    def build(num_classes):
+        net = backbone(picked(AncestryConfig, args), [args.ancestry_depth], 0)
+        head = new_head(net.width, num_classes)
+        if not made_elsewhere(args, stage):
+            source = ancestor(run, args, args.size, whole_stream(run, args))
+            net.load_state_dict(source.state_dict(), strict=False)
+        return Expansion(net.to(device), head, data.generator(args.seed, 13)).to(device)
+    net = from_stream(run, args, stage, build)
     return {name: tensor.detach() for name, tensor in net.weights().items()}
 
 
@@ -1206,21 +1205,14 @@ def peg(run, args):
 def auto_layers(run, args):
     """Auto-Learngene (Wang et al. 2023): the half of the ancestor's layers that descendants share.
 
-    A pseudo descendant of half the depth learns the stream by itself, for half as many epochs. Kept
-    are the layers of the ancestor whose tokens are most like those of one of its layers (A10).
+    A pseudo descendant of half the depth learns the stream by itself. Kept are the layers of the
+    ancestor whose tokens are most like those of one of its layers (A10).
     """
-    stage, device = f"auto-{args.size}", run.machine.device
-    state = made_elsewhere(args, stage)
-    task, config = whole_stream(run, args), picked(AncestryConfig, args)
-    half = max(1, args.ancestry_depth // 2)
-    torch.manual_seed(args.seed)
-    pseudo = backbone(config, [half], task.num_classes).to(device)
-    if state:
-        load_weights(pseudo, state, f"{args.ancestors}/{stage}.pt")
-    else:
-        images = args.ancestry_epochs / 2 * len(task.labels["train"])
-        identity = {**asdict(config), "depths": [half]}
-        optimise(run, args, stage, pseudo, task, images, args.lr, identity)
+    config, half = picked(AncestryConfig, args), max(1, args.ancestry_depth // 2)
+
+    def build(num_classes):
+        return backbone(config, [half], num_classes).to(run.machine.device)
+    pseudo, task = from_stream(run, args, f"auto-{args.size}", build), whole_stream(run, args)
     x = task.normalise(task.examples("val", 500)[0])
     theirs = tokens_of_layers(pseudo, x)
     scores = []
