@@ -653,7 +653,7 @@ class Rewards:
         return self.ranked(k)[0]
 
 
-def reinforce(rewards, k, steps, generator, samples=16, lr=0.05, decay=0.9, entropy=0.01,
+def reinforce(rewards, k, steps, generator, samples=8, lr=0.05, decay=0.9, entropy=0.01,
               title=None):
     """REINFORCE over selections, of size k if k > 0; returns the final probabilities (N,).
 
