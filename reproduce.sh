@@ -352,7 +352,7 @@ six_tasks() { # six_tasks MINUTES SIZE SEEDS: on drawn data also after few image
     ancestors "$2"
     for seed in $3; do
         if [[ $six_few ]]; then
-            descendants "$1" "table1-$2-few-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_few
+            descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_few
         fi
         descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_length
         if [[ $sixth ]]; then
@@ -366,7 +366,7 @@ selected_weights() { # selected_weights MINUTES SIZE SEEDS: the same six, from t
     starts="--ancestors $out/ancestors --method weight-selection"
     for seed in $3; do
         if [[ $six_few ]]; then
-            descendants "$1" "table1-$2-few-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_few
+            descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_few
         fi
         descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_length
         if [[ $sixth ]]; then
