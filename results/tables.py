@@ -691,7 +691,7 @@ def claim_table(head, claims, wording):
         if claim["low"]:
             effect += f" [{claim['low']}, {claim['high']}]"
         same = claim["corrected"] == claim["verdict"]
-        words = [bold(claim["verdict"]), "same" if same else claim["corrected"].replace("cannot be told here", "not told")]
+        words = [bold(claim["verdict"]), "same" if same else "open"]
         lines.append([claim[wording], f"{paper}, {claim['where']}", effect, *words])
     return markdown(head, lines)
 
