@@ -714,7 +714,7 @@ state_of_needs() { # state_of_needs CELL: failed if one of them is, done if all 
 
 start_what_can() {
     for i in "${!names[@]}"; do
-        if (($(jobs -rp | wc -l) >= at_a_time)); then
+        if ((${#slots[@]} >= at_a_time)); then
             return
         fi
         if [[ ${states[i]} == waiting ]]; then

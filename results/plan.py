@@ -52,7 +52,8 @@ class Network:
 
     def flops(self):
         """Of a forward pass of one example: a multiplication and an addition are two."""
-        return self.depth * self.tokens * self.width * (24 * self.width + 4 * self.tokens)
+        layer = self.tokens * self.width * (24 * self.width + 4 * self.tokens)
+        return self.depth * layer + 2 * 3 * 16 ** 2 * self.tokens * self.width
 
     def kept(self):
         """Bytes of one example that a forward pass under bfloat16 keeps for the backward pass.

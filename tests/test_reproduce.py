@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import adaptive_learngene
+import common
 import data
 import tal
 from conftest import ROOT, log_of
@@ -21,6 +23,7 @@ from conftest import ROOT, log_of
 sys.path.insert(0, str(ROOT / "results"))
 import collect  # noqa: E402
 import figures  # noqa: E402
+import plan  # noqa: E402
 import tables  # noqa: E402
 
 PAPER = {"DATA": "datasets", "ANCESTRY": "vit_base.safetensors"}
@@ -199,6 +202,147 @@ def test_a_stopped_recipe_leaves_nothing_running(recipe, tmp_path):
             os.kill(int((tmp_path / "slow").read_text()), 0)
             time.sleep(0.05)
     assert "done" not in recipe("--dry-run", "tal-fig3", SEEDS="0").stdout
+
+
+def test_a_cell_alone_waits_for_what_it_needs(recipe, tmp_path):
+    """Two processes, as two jobs of an array: the second cell's command comes after the first's."""
+    later = recipe("--cell", "tal-s0", "tal-fig3", SEEDS="0", WAIT="0.2", start=True)
+    time.sleep(1)
+    assert later.poll() is None and not (tmp_path / "order.txt").exists()
+    assert recipe("--cell", "ancestry", "tal-fig3", SEEDS="0").returncode == 0
+    assert later.wait(timeout=60) == 0
+    order = (tmp_path / "order.txt").read_text().splitlines()
+    assert [line.split("--stage ")[1].split()[0] for line in order] == ["ancestry", "evaluate", "plot"]
+    unknown = recipe("--cell", "tal-s7", "tal-fig3", SEEDS="0")
+    assert unknown.returncode == 2 and "there is no cell tal-s7" in unknown.stderr
+
+
+def test_a_cell_alone_ends_when_what_it_needs_failed(recipe, tmp_path):
+    (tmp_path / "runs/drawn/ancestry").mkdir(parents=True)
+    (tmp_path / "runs/drawn/ancestry/failed").touch()
+    assert recipe("--cell", "tal-s0", "tal-fig3", SEEDS="0", WAIT="0.2").returncode == 1
+    assert not (tmp_path / "order.txt").exists()
+
+
+@pytest.fixture
+def four_gpus(recipe, tmp_path):
+    """reproduce.sh paper(*words) on a machine that says it has four GPUs; programs note which of them they see."""
+    (tmp_path / "tal.py").write_text("import os\nwith open('seen.txt', 'a') as file:\n"
+                                     "    print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('STARTED', 'alone'), "
+                                     "*__import__('sys').argv[-2:], file=file)\n")
+    (tmp_path / "results/plan.py").write_text("print('--accumulate 2')")
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU\\nGPU\\nGPU\\nGPU\\n'\n")
+    (bin / "torchrun").write_text("#!/bin/sh\nexport STARTED=$3\nshift 3\nexec python $@\n")
+    for program in bin.iterdir():
+        program.chmod(0o755)
+    path = f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return lambda *words, **more: recipe("paper", *words, PATH=path, **PAPER, **more)
+
+
+def test_one_cell_on_every_gpu(four_gpus, tmp_path):
+    """Four cells of Table 2, each on a GPU of its own, in as many parts of a batch as fit; more wait for a free one."""
+    assert four_gpus("tal-2", "tal-8").returncode == 0
+    seen = [line.split() for line in (tmp_path / "seen.txt").read_text().splitlines()]
+    assert len(seen) == 6 and {line[0] for line in seen} == set("0123")
+    assert all(line[1:] == ["alone", "--accumulate", "2"] for line in seen)
+    done = (tmp_path / "runs/paper/tal-s0/done").read_text()
+    assert "--accumulate" not in done                                   # so that another GPU goes on with it
+
+
+def test_cells_under_torchrun(four_gpus, tmp_path):
+    """On each of two pairs of GPUs; more than there are is refused."""
+    assert four_gpus("tal-2", GPUS="2").returncode == 0
+    seen = [line.split() for line in (tmp_path / "seen.txt").read_text().splitlines()]
+    assert {line[0] for line in seen} == {"0,1", "2,3"} and all(line[1] == "2" for line in seen)
+    refused = four_gpus("tal-2", GPUS="3", CUDA_VISIBLE_DEVICES="5,6")
+    assert refused.returncode == 2 and refused.stderr == "error: GPUS=3, but there are 2\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# What the papers' runs take
+# --------------------------------------------------------------------------------------------------
+
+def kept_bytes(net, x, y):
+    """What autograd keeps of a step under bfloat16, parameters left out: each piece of memory once."""
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor          # held, so that no address comes twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(x)
+        torch.nn.functional.cross_entropy(logits.float(), y)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("size, depth", [("tiny", 2), ("tiny", 4), ("small", 2)])
+def test_memory_of_an_image_is_what_autograd_keeps(size, depth):
+    config = common.vit_config(size, depth)
+    net, x, y = common.ViT(config), torch.randn(3, 3, 224, 224), torch.zeros(3, dtype=torch.int64)
+    per_image = (kept_bytes(net, x, y) - kept_bytes(net, x[:1], y[:1])) / 2
+    assert plan.Network(depth, config.width, 197).kept() == pytest.approx(per_image, rel=0.02)
+
+
+def test_memory_of_a_scene_is_not_less_than_autograd_keeps():
+    net = adaptive_learngene.Segmenter(common.ViT(common.vit_config("tiny", 3)), 150, size=128)
+    x, y = torch.randn(3, 3, 128, 128), torch.zeros(3, 128, 128, dtype=torch.int64)
+    per_image = (kept_bytes(net, x, y) - kept_bytes(net, x[:1], y[:1])) / 2
+    assert per_image < plan.segmenter(plan.Network(3, 192, 65), 8, 16).kept() < 1.3 * per_image
+
+
+def test_multiplications_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    net, counted = common.ViT(common.vit_config("tiny", 4)), torch.nn.attention.SDPBackend.MATH
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(counted):
+        net(torch.randn(2, 3, 224, 224))
+    ours = 2 * plan.Network(4, 192, 197).flops()
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)    # the head is left out
+
+
+def test_work_and_parts_by_hand():
+    """DeiT-Small, 100 epochs of 50,000 images in batches of 1,024; 36 x 12 x 197 x 384 bytes are kept of each layer."""
+    command = "python adaptive_learngene.py --preset paper --stage train --data cifar10 --method scratch,random " \
+        "--train-epochs 100 --genes 5"
+    first, second = plan.work_of(command, set())
+    assert first.images == 5e6 and second.images == 5 * 5e6 and first.batch == 1024
+    whole = plan.gibibytes(first)
+    assert whole == pytest.approx(2 + (16 * 21.6e6 + 1024 * 33.5e6) / 2 ** 30, rel=0.03)
+    assert plan.parts_for(first, 80) == 1 and plan.parts_for(first, 24) == 2 and plan.parts_for(first, 12) == 4
+    assert plan.parts_for(first, 24, gpus=2) == 1 and plan.parts_for(first, 1) is None
+    rates = plan.assumed_rates()
+    assert plan.hours(first, rates) == pytest.approx(5e6 / 1000 / 3600, rel=1e-6)
+
+
+def test_every_cell_of_paper_mode_fits_a_gpu(recipe):
+    """80 GiB with the paper's batch, 24 GiB in parts; each training is counted once."""
+    lines = [("part", state, name, command) for state, name, command in cells(recipe("--dry-run", "paper", **PAPER))]
+    works = [work for _, _, some in plan.planned(lines) for work in some]
+    assert len(works) > 150 and all(plan.parts_for(work, 80) == 1 for work in works)
+    assert all(plan.parts_for(work, 24) for work in works)
+    again = plan.planned([("part", "done", name, command) for _, _, name, command in lines])
+    assert not any(some for _, _, some in again)
+
+
+def test_check_says_what_is_missing(recipe, tmp_path):
+    """Without data and without a GPU."""
+    for name in ("common.py", "data.py", "tal.py", "adaptive_learngene.py", "results/plan.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "torch.py").unlink()
+    (tmp_path / "results/torch.py").unlink()
+    said = recipe("--check", "tal-2", "al-3", CUDA_VISIBLE_DEVICES="")
+    assert said.returncode == 0, said.stderr
+    lines = said.stdout.splitlines()
+    missing = [line.split(":")[0].split()[1] for line in lines if line.startswith("MISSING")]
+    assert {"imagenet", "decathlon/svhn", "ade20k", "ancestry", "GPT-2"} <= set(missing) and "cifar10" not in missing
+    assert any("none here" in line for line in lines)
+    hours = {line.split()[0]: float(line.split()[2].replace(",", "")) for line in lines if line.startswith(("tal-2", "al-3"))}
+    assert hours["tal-2"] > 50 and 1 < hours["al-3"] < hours["tal-2"] * 10
 
 
 # --------------------------------------------------------------------------------------------------
