@@ -57,7 +57,7 @@ SETS = {"nine": NINE, "unseen": UNSEEN, "text": TEXT}
 
 METHODS = {"ghn3": "GHN-3", "logah": "LoGAH", "tal": "TAL", "tal+": "TAL+"}         # who a run is of
 ABLATIONS = {"no-task-info": "TAL (w/o T.I.)", "no-ancestry": "TAL (w/o ans-net)", "tal": "TAL"}
-INFORMED = {"tal-informed": "TAL, informed"}        # its ancestry knows the nine tasks (D15)
+INFORMED = {"tal-informed": "TAL (informed)"}        # its ancestry knows the nine tasks (D15)
 WHO = {**METHODS, **ABLATIONS, **INFORMED, "random": "RandInit", "selection": "selection", "finetune": "fine-tuning"}
 STARTS = {"prefine": "Pre-Fine", "scratch": "From Scratch", "heur": "Heur-Learngene",
           "auto": "Auto-Learngene", "peg": "PEG", "tleg": "TLEG", "weight-selection": "weight selection",

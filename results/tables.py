@@ -445,8 +445,7 @@ AL_SIZES = ["Tiny few", "Tiny", "Small few", "Small", "Base"]      # few: after 
 
 
 def adaptive_page(t):
-    starts = [start for start in STARTS.values() if start != STARTS["all"]]
-    table1 = [row for row in pairs(AL_SIZES, starts) if row in t["al-1"].rows()]
+    table1 = [row for row in pairs(AL_SIZES, STARTS.values()) if row in t["al-1"].rows()]
     table3 = [start for start in STARTS.values() if start in t["al-3"].rows()]
     page1 = printed(t["al-1"], table1, mean=True)
     if not t["al-1"].real:

@@ -16,7 +16,7 @@ COUNTS = {"stored": 3, "nominal": 2, "deployed": 9}
 def trained(out, run, seed, task, method, accuracy, learngenes=None, draw=0, genes=0):
     """Adds a trained descendant to the log of a run."""
     record = {"stage": "train", "task": task, "size": "drawn-small", "depths": [6], "method": method, "draw": draw,
-              "genes": genes, "learngenes": learngenes, "accuracy": accuracy, **COUNTS}
+              "genes": genes, "learngenes": learngenes, "accuracy": accuracy, "images": 8000, **COUNTS}
     folder = out / f"{run}-s{seed}"
     folder.mkdir(exist_ok=True)
     with open(folder / "log.jsonl", "a") as file:

@@ -67,7 +67,9 @@ def recipe(tmp_path):
     def run(*words, start=False, **more):
         command = ["bash", str(tmp_path / "reproduce.sh"), *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return (subprocess.Popen if start else subprocess.run)(command, env={**clean, **more}, **pipes)
+        if start:
+            return subprocess.Popen(command, env={**clean, **more}, **pipes)
+        return subprocess.run(command, env={**clean, **more}, timeout=120, **pipes)
     return run
 
 
@@ -101,10 +103,11 @@ def test_help_and_unknown_words(recipe):
 def test_dry_run_lists_cells_and_runs_none(recipe, tmp_path):
     """Three seeds of TAL and LoGAH, one of the others; al-4 needs pools."""
     two = recipe("--dry-run", "tal-2")
-    three_seeds = [f"{method}-s{seed}" for method in ("logah", "tal") for seed in range(3)]
-    assert sorted(listed(two)) == sorted(["ancestry", "ghn3-s0", "tal+-s0", *three_seeds])
-    assert two.stdout.splitlines()[-1].startswith("9 cells, 50 minutes")
-    assert len(listed(recipe("--dry-run", "tal-2", ONCE="0 1 2"))) == 13
+    three_seeds = [f"{run}-s{seed}" for run in ("ancestry", "logah", "tal") for seed in range(3)]
+    once = ["ancestry-informed-s0", "tal-informed-s0", "ghn3-s0", "tal+-s0"]
+    assert sorted(listed(two)) == sorted([*once, *three_seeds])
+    assert re.match(r"13 cells, \d+ minutes", two.stdout.splitlines()[-1])
+    assert len(listed(recipe("--dry-run", "tal-2", ONCE="0 1 2"))) == 21
     four = set(listed(recipe("--dry-run", "al-4", SEEDS="1")))
     assert four == {"small-s1", "table4-small-all-s1", *(f"table4-small-{genes}-s1" for genes in (1, 2, 3))}
     assert not (tmp_path / "runs").exists()
@@ -154,10 +157,10 @@ def test_every_command_passes_its_own_parser(recipe, tmp_path, monkeypatch, word
         python, program, *argv = command.split()
         if python != "python":                                          # cp, in Table 7
             continue
-        if "--ancestry" in argv:                                        # of another command, or published
-            file = Path(argv[argv.index("--ancestry") + 1])
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
+        for flag, file in zip(argv, argv[1:]):
+            if flag == "--ancestry":                                    # of another command, or published
+                Path(file).parent.mkdir(parents=True, exist_ok=True)
+                Path(file).touch()
         args = programs[program].settings(argv)
         assert args.preset == ("paper" if "paper" in words else "drawn") and args.output.startswith("runs/")
 
@@ -169,7 +172,7 @@ def test_commands_wait_for_what_they_need_and_are_run_once(recipe, tmp_path):
     first, *ran, last = (tmp_path / "runs" / "drawn" / "run.txt").read_text().splitlines()
     assert re.match(r"# code [0-9a-f]{12}, commit unknown, clean, .*no GPU, .*, 2 at a time, start 20", first)
     assert re.fullmatch(r"# end 20.*", last)
-    assert [line.split()[1] for line in ran] == ["ancestry", "tal-s0", "tal-s0"]
+    assert [line.split()[1] for line in ran] == ["ancestry-s0", "tal-s0", "tal-s0"]
     assert recipe("tal-fig3", SEEDS="0").returncode == 0
     assert (tmp_path / "order.txt").read_text().splitlines() == order
     assert len((tmp_path / "runs" / "drawn" / "run.txt").read_text().splitlines()) == 5     # no new start
@@ -209,7 +212,7 @@ def test_a_cell_alone_waits_for_what_it_needs(recipe, tmp_path):
     later = recipe("--cell", "tal-s0", "tal-fig3", SEEDS="0", WAIT="0.2", start=True)
     time.sleep(1)
     assert later.poll() is None and not (tmp_path / "order.txt").exists()
-    assert recipe("--cell", "ancestry", "tal-fig3", SEEDS="0").returncode == 0
+    assert recipe("--cell", "ancestry-s0", "tal-fig3", SEEDS="0").returncode == 0
     assert later.wait(timeout=60) == 0
     order = (tmp_path / "order.txt").read_text().splitlines()
     assert [line.split("--stage ")[1].split()[0] for line in order] == ["ancestry", "evaluate", "plot"]
@@ -218,8 +221,8 @@ def test_a_cell_alone_waits_for_what_it_needs(recipe, tmp_path):
 
 
 def test_a_cell_alone_ends_when_what_it_needs_failed(recipe, tmp_path):
-    (tmp_path / "runs/drawn/ancestry").mkdir(parents=True)
-    (tmp_path / "runs/drawn/ancestry/failed").touch()
+    (tmp_path / "runs/drawn/ancestry-s0").mkdir(parents=True)
+    (tmp_path / "runs/drawn/ancestry-s0/failed").touch()
     assert recipe("--cell", "tal-s0", "tal-fig3", SEEDS="0", WAIT="0.2").returncode == 1
     assert not (tmp_path / "order.txt").exists()
 

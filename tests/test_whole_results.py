@@ -21,9 +21,9 @@ import tables  # noqa: E402
 
 # What a page calls a run, a method and a real dataset; written again here, so that a wrong name in collect.py is seen.
 RUNS = {"tal": "TAL", "tal+": "TAL+", "logah": "LoGAH", "ghn3": "GHN-3", "random": "RandInit", "no-task-info": "TAL (w/o T.I.)",
-        "no-ancestry": "TAL (w/o ans-net)", "direct": "random", "selection": "selection", "finetune": "fine-tuning"}
+        "no-ancestry": "TAL (w/o ans-net)", "tal-informed": "TAL (informed)", "direct": "random", "selection": "selection", "finetune": "fine-tuning"}
 METHODS = {"adaptive": "Adapt-Learngene", "scratch": "From Scratch", "prefine": "Pre-Fine", "heur": "Heur-Learngene",
-           "auto": "Auto-Learngene", "peg": "PEG", "tleg": "TLEG", "weight-selection": "weight selection", "all": "all"}
+           "auto": "Auto-Learngene", "peg": "PEG", "tleg": "TLEG", "weight-selection": "weight selection", "all": "all learngenes"}
 REAL = {"decathlon/aircraft": "Airc.", "decathlon/cifar100": "C100", "decathlon/daimlerpedcls": "DPed", "decathlon/dtd": "DTD",
         "decathlon/gtsrb": "GTSRB", "decathlon/omniglot": "OGlt", "decathlon/svhn": "SVHN", "decathlon/ucf101": "UCF",
         "decathlon/vgg-flowers": "Flwr", "fashion-mnist": "F-MNIST", "fer2013": "FER2013", "ham10000": "HAM10000", "mrpc": "MRPC",
@@ -147,7 +147,8 @@ class Fabricated:
         width = args.size.removeprefix("drawn-").title()
         start = METHODS.get(method)
         layers = f"{depths[0]} layers" if self.real else f"{depths[0]} ({depths[0] + 3}) layers"
-        named = {"table1": [width, start, self.task(task)],
+        few = " few" if "few" in folder else ""
+        named = {"table1": [width + few, start, self.task(task)],
                  "table2": [width, layers, {"From Scratch": "FromScratch", "Adapt-Learngene": "Ours"}.get(start, start)],
                  "table3": [start, "mIoU"],
                  "table4": [width, self.task(task), "All" if method == "all" else f"learngene{'s' * (args.genes > 1)}"],
@@ -268,7 +269,8 @@ def test_no_number_of_a_log_is_lost(whole):
         run, *labels = key
         is_base = any(label.endswith("-Base") for label in labels)
         other = not any(label.startswith("12-") for label in labels)
-        expected = run.startswith("no-") and (is_base or "minutes" in labels)
+        expected = run.startswith(("no-", "tal-informed")) and "minutes" in labels
+        expected |= run.startswith("no-") and is_base
         expected |= run.startswith("st-") and (other or is_base or "minutes" in labels)
         expected |= "untrained" in labels and other
         expected |= run.startswith("text-") and "minutes" in labels         # summed over LoGAH's tasks
