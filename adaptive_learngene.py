@@ -1213,7 +1213,8 @@ def auto_layers(run, args):
     def build(num_classes):
         return backbone(config, [half], num_classes).to(run.machine.device)
     pseudo, task = from_stream(run, args, f"auto-{args.size}", build), whole_stream(run, args)
-    x = task.normalise(task.examples("val", 500)[0])
+    x = next(iter(task.examples("val", 500)[0].split(500)))        # decoded, if they are files
+    x = task.normalise(x)
     theirs = tokens_of_layers(pseudo, x)
     scores = []
     for tokens in tokens_of_layers(ancestor(run, args, args.size, task), x):

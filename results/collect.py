@@ -58,11 +58,13 @@ SETS = {"nine": NINE, "unseen": UNSEEN, "text": TEXT}
 METHODS = {"ghn3": "GHN-3", "logah": "LoGAH", "tal": "TAL", "tal+": "TAL+"}         # who a run is of
 ABLATIONS = {"no-task-info": "TAL (w/o T.I.)", "no-ancestry": "TAL (w/o ans-net)", "tal": "TAL"}
 INFORMED = {"tal-informed": "TAL (informed)"}        # its ancestry knows the nine tasks (D15)
-WHO = {**METHODS, **ABLATIONS, **INFORMED, "random": "RandInit", "selection": "selection", "finetune": "fine-tuning"}
+WHO = {**METHODS, **ABLATIONS, **INFORMED, "random": "RandInit", "selection": "selection",
+       "finetune": "fine-tuning"}
 STARTS = {"prefine": "Pre-Fine", "scratch": "From Scratch", "heur": "Heur-Learngene",
           "auto": "Auto-Learngene", "peg": "PEG", "tleg": "TLEG", "weight-selection": "weight selection",
           "adaptive": "Adapt-Learngene", "all": "all learngenes"}
-SIZE_OF_WIDTH = {"32": "Tiny", "48": "Small", "64": "Base", "96": "Base", "192": "Tiny", "384": "Small", "768": "Base"}
+SIZE_OF_WIDTH = {"32": "Tiny", "48": "Small", "64": "Base", "96": "Base",
+                 "192": "Tiny", "384": "Small", "768": "Base"}
 
 # --------------------------------------------------------------------------------------------------
 # Reading runs
@@ -313,7 +315,8 @@ def domains(records):
 TABLES = ["tal-1", "tal-2", "tal-3", "tal-4", "tal-5", "tal-6", "tal-7", "tal-8", "tal-9", "tal-fig3",
           "alternatives", "al-1", "al-2", "al-3", "al-4", "al-fig3", "al-fig4", "al-pool"]
 CALCULATED = {"tal-4": [training_time], "tal-5": [unseen_tasks], "tal-6": [text_training_time],
-              "tal-fig3": [task_graphs], "al-1": [six_tasks], "al-4": [fewest_learngenes], "al-fig3": [curves],
+              "tal-fig3": [task_graphs], "al-1": [six_tasks], "al-4": [fewest_learngenes],
+              "al-fig3": [curves],
               "al-fig4": [selections], "al-pool": [pools, domains]}
 
 

@@ -97,7 +97,8 @@ def tal_fig3(t, subplots):
         if rows:
             colour = f"C{number}"
             axis.scatter(x, y, s=[6 * n for n in layers], color=colour, alpha=0.65, linewidths=0)
-            axis.annotate(table.shown(task), (x[-1], y[-1]), xytext=(6, 4), textcoords="offset points", color=colour)
+            axis.annotate(table.shown(task), (x[-1], y[-1]), xytext=(6, 4), textcoords="offset points",
+                          color=colour)
     score = table[("silhouette, plane", "all")][seed]
     panel(axis, f"Graphs of 3 to 12 layers for nine tasks, silhouette {score:.2f}",
           "first component (larger points: more layers)", "second component")

@@ -234,16 +234,16 @@ def learngenes(args, made):
 
 
 def ancestors(args, made, how):
-    """Plain networks on the whole stream, and TLEG's two learngenes under one of them."""
-    count = train_count(args.stream.split("/")[0])
+    """Plain networks on the whole stream, and what baselines train beside them, for half as long."""
+    count, depth = train_count(args.stream.split("/")[0]), args.ancestry_depth
     sizes = [args.size, al.LARGER[args.size]] if "weight-selection" in args.method else [args.size]
     for size in sizes:
         if new(made, args, f"pretrain-{size}"):
-            net = vit(args, size, args.ancestry_depth)
-            yield Work(f"pretrain {size}", net, args.ancestry_epochs * count, **how)
-    if "tleg" in args.method and new(made, args, f"tleg-{args.size}"):
-        net = vit(args, args.size, args.ancestry_depth)
-        yield Work("TLEG", net, args.ancestry_epochs / 2 * count, teacher=net, **how)
+            yield Work(f"pretrain {size}", vit(args, size, depth), args.ancestry_epochs * count, **how)
+    own, half = vit(args, args.size, depth), vit(args, args.size, depth // 2)
+    for method, net, teacher in (("tleg", own, own), ("peg", own, None), ("auto", half, None)):
+        if method in al.names(args.method) and new(made, args, f"{method}-{args.size}"):
+            yield Work(method, net, args.ancestry_epochs / 2 * count, teacher=teacher, **how)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ import statistics
 from pathlib import Path
 
 import figures
-from collect import (ABLATIONS, CLASSES, INFORMED, METHODS, NINE, PAPERS_NAME, STARTS, TABLES, TEXT, UNSEEN, codes,
-                     collect)
+from collect import (ABLATIONS, CLASSES, INFORMED, METHODS, NINE, PAPERS_NAME, STARTS, TABLES, TEXT, UNSEEN,
+                     codes, collect)
 
 RESULTS = Path(__file__).resolve().parent
 README = RESULTS.parent / "README.md"

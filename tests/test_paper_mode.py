@@ -1,5 +1,5 @@
-"""Every distinct command of `reproduce.sh paper`, end to end on tiny copies of the real datasets: networks of a few
-channels under the papers' names, a step or two of each training, then the pages."""
+"""Every distinct command of `reproduce.sh paper`, end to end on tiny copies of the real datasets: networks of
+a few channels under the papers' names, a step or two of each training, then the pages."""
 import csv
 import gzip
 import json
@@ -53,7 +53,8 @@ def arrays(root, monkeypatch):
     os.makedirs(fashion)
     for stem in ("train", "t10k"):
         for kind, shape in (("labels-idx1", (20,)), ("images-idx3", (20, 28, 28))):
-            array = np.random.default_rng(0).integers(0, 10 if kind == "labels-idx1" else 256, shape, dtype=np.uint8)
+            most = 10 if kind == "labels-idx1" else 256
+            array = np.random.default_rng(0).integers(0, most, shape, dtype=np.uint8)
             head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *shape)
             with gzip.open(fashion / f"{stem}-{kind}-ubyte.gz", "wb") as file:
                 file.write(head + array.tobytes())
@@ -86,7 +87,8 @@ def lists(root, monkeypatch):
     monkeypatch.setattr(datasets.Flowers102, "_file_dict", without_sums)
     for k in range(1, 13):
         picture(root / "flowers-102/jpg" / f"image_{k:05d}.jpg", shade(k % 3))
-    savemat(root / "flowers-102/imagelabels.mat", {"labels": np.array([[1 + k % 3 for k in range(12)]], np.uint8)})
+    labels = np.array([[1 + k % 3 for k in range(12)]], np.uint8)
+    savemat(root / "flowers-102/imagelabels.mat", {"labels": labels})
     splits = {"trnid": [[1, 2, 3, 4]], "valid": [[5, 6, 7, 8]], "tstid": [[9, 10, 11, 12]]}
     savemat(root / "flowers-102/setid.mat", splits)
     with open(root / "HAM10000_metadata.csv", "w", newline="") as file:
@@ -107,7 +109,8 @@ def lists(root, monkeypatch):
 
 def texts(root):
     """MRPC, CoLA, RTE, IMDB, and GPT-2's files."""
-    layouts = {"MRPC": "{y}\t1\t2\tone {k}\ttwo {k}", "CoLA": "src\t{y}\t\tone {k}", "RTE": "{k}\tone {k}\ttwo\t{word}"}
+    layouts = {"MRPC": "{y}\t1\t2\tone {k}\ttwo {k}", "CoLA": "src\t{y}\t\tone {k}",
+               "RTE": "{k}\tone {k}\ttwo\t{word}"}
     heads = {"MRPC": ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"], "CoLA": [],
              "RTE": ["index\tsentence1\tsentence2\tlabel"]}
     for name, layout in layouts.items():
@@ -159,13 +162,19 @@ def paper(tmp_path, monkeypatch):
 # One step or two of everything, on images of 32 px.
 SHORT = {"tal.py": "--pretrain-epochs 0.01 --tune-epochs 0.01", "adaptive_learngene.py":
          "--ancestry-epochs 0.01 --select-steps 2 --scene-size 64 --crop 32 --reward-share 0.5"}
-SMALL = "--image-size 32 --batch-size 4 --train-images 4 --device cpu --amp none --workers 1 --save-every 1000"
+SMALL = ("--image-size 32 --batch-size 4 --train-images 4 --device cpu --amp none --workers 1 "
+         "--save-every 1000")
+
+
+# Numbers and names in which cells may differ and still be the same command.
+ALIKE = r"(?<=--depth )\d+|(?<=--genes )\d+|-\d+(?=-s0)|st-[a-z0-9-]+(?=-s0)|decathlon/[a-z0-9-]+"
 
 
 def listed(parts=()):
     """[(folder, command)] of the cells of paper mode."""
-    said = subprocess.run(["bash", str(ROOT / "reproduce.sh"), "--dry-run", "paper", *parts], check=True, text=True,
-                          capture_output=True, env={**os.environ, "DATA": "datasets", "ANCESTRY": "vit_base.pt"})
+    command = ["bash", str(ROOT / "reproduce.sh"), "--dry-run", "paper", *parts]
+    where = {"DATA": "datasets", "ANCESTRY": "vit_base.pt"}
+    said = subprocess.run(command, check=True, text=True, capture_output=True, env={**os.environ, **where})
     lines = [line.split(None, 4) for line in said.stdout.splitlines() if " min  " in line]
     return [(folder, command) for _, _, _, folder, command in lines]
 
@@ -174,7 +183,7 @@ def distinct(cells):
     """Cells that differ in more than the names of tasks and the number of layers; and what these need."""
     found, kept = set(), []
     for folder, command in cells:
-        kind = re.sub(r"(?<=--depth )\d+|(?<=--genes )\d+|-\d+(?=-s0)|st-[a-z0-9-]+(?=-s0)|decathlon/[a-z0-9-]+", "N", command)
+        kind = re.sub(ALIKE, "N", command)
         if kind not in found:
             found.add(kind)
             kept.append((folder, command))

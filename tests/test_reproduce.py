@@ -229,10 +229,11 @@ def test_a_cell_alone_ends_when_what_it_needs_failed(recipe, tmp_path):
 
 @pytest.fixture
 def four_gpus(recipe, tmp_path):
-    """reproduce.sh paper(*words) on a machine that says it has four GPUs; programs note which of them they see."""
-    (tmp_path / "tal.py").write_text("import os\nwith open('seen.txt', 'a') as file:\n"
-                                     "    print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('STARTED', 'alone'), "
-                                     "*__import__('sys').argv[-2:], file=file)\n")
+    """reproduce.sh paper(*words) on a machine that says it has four GPUs; programs note which they see."""
+    (tmp_path / "tal.py").write_text(
+        "import os, sys\nwith open('seen.txt', 'a') as file:\n"
+        "    gpus, started = os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('STARTED', 'alone')\n"
+        "    print(gpus, started, *sys.argv[-2:], file=file)\n")
     (tmp_path / "results/plan.py").write_text("print('--accumulate 2')")
     bin = tmp_path / "bin"
     bin.mkdir()
@@ -245,7 +246,7 @@ def four_gpus(recipe, tmp_path):
 
 
 def test_one_cell_on_every_gpu(four_gpus, tmp_path):
-    """Four cells of Table 2, each on a GPU of its own, in as many parts of a batch as fit; more wait for a free one."""
+    """Six cells, each on a GPU of its own, its batch in as many parts as fit; two wait for a free one."""
     assert four_gpus("tal-2", "tal-8").returncode == 0
     seen = [line.split() for line in (tmp_path / "seen.txt").read_text().splitlines()]
     assert len(seen) == 6 and {line[0] for line in seen} == set("0123")
@@ -275,7 +276,7 @@ def kept_bytes(net, x, y):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor          # held, so that no address comes twice
+            kept[storage.data_ptr()] = storage.nbytes(), tensor          # held: no address comes twice
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16):
@@ -309,22 +310,22 @@ def test_multiplications_are_those_that_torch_counts():
 
 
 def test_work_and_parts_by_hand():
-    """DeiT-Small, 100 epochs of 50,000 images in batches of 1,024; 36 x 12 x 197 x 384 bytes are kept of each layer."""
-    command = "python adaptive_learngene.py --preset paper --stage train --data cifar10 --method scratch,random " \
-        "--train-epochs 100 --genes 5"
+    """DeiT-Small, 100 epochs of 50,000 images in batches of 1,024; an image keeps 36 x 12 x 197 x 384 bytes."""
+    command = ("python adaptive_learngene.py --preset paper --stage train --data cifar10 "
+               "--method scratch,random --train-epochs 100 --genes 5")
     first, second = plan.work_of(command, set())
     assert first.images == 5e6 and second.images == 5 * 5e6 and first.batch == 1024
     whole = plan.gibibytes(first)
     assert whole == pytest.approx(2 + (16 * 21.6e6 + 1024 * 33.5e6) / 2 ** 30, rel=0.03)
-    assert plan.parts_for(first, 80) == 1 and plan.parts_for(first, 24) == 2 and plan.parts_for(first, 12) == 4
-    assert plan.parts_for(first, 24, gpus=2) == 1 and plan.parts_for(first, 1) is None
+    assert [plan.parts_for(first, memory) for memory in (80, 24, 12, 1)] == [1, 2, 4, None]
+    assert plan.parts_for(first, 24, gpus=2) == 1
     rates = plan.assumed_rates()
     assert plan.hours(first, rates) == pytest.approx(5e6 / 1000 / 3600, rel=1e-6)
 
 
 def test_every_cell_of_paper_mode_fits_a_gpu(recipe):
     """80 GiB with the paper's batch, 24 GiB in parts; each training is counted once."""
-    lines = [("part", state, name, command) for state, name, command in cells(recipe("--dry-run", "paper", **PAPER))]
+    lines = [("part", *cell) for cell in cells(recipe("--dry-run", "paper", **PAPER))]
     works = [work for _, _, some in plan.planned(lines) for work in some]
     assert len(works) > 150 and all(plan.parts_for(work, 80) == 1 for work in works)
     assert all(plan.parts_for(work, 24) for work in works)
@@ -342,9 +343,10 @@ def test_check_says_what_is_missing(recipe, tmp_path):
     assert said.returncode == 0, said.stderr
     lines = said.stdout.splitlines()
     missing = [line.split(":")[0].split()[1] for line in lines if line.startswith("MISSING")]
-    assert {"imagenet", "decathlon/svhn", "ade20k", "ancestry", "GPT-2"} <= set(missing) and "cifar10" not in missing
-    assert any("none here" in line for line in lines)
-    hours = {line.split()[0]: float(line.split()[2].replace(",", "")) for line in lines if line.startswith(("tal-2", "al-3"))}
+    assert {"imagenet", "decathlon/svhn", "ade20k", "ancestry", "GPT-2"} <= set(missing)
+    assert "cifar10" not in missing and any("none here" in line for line in lines)
+    rows = [line.split() for line in lines if line.startswith(("tal-2", "al-3"))]
+    hours = {row[0]: float(row[2].replace(",", "")) for row in rows}
     assert hours["tal-2"] > 50 and 1 < hours["al-3"] < hours["tal-2"] * 10
 
 
@@ -451,15 +453,15 @@ def test_p_values_and_holm_by_other_means():
 
 
 def a_claim(**fields):
-    return {"paper": "TAL", "rows": "a", "columns": "*", "other rows": "b", "other columns": "", "unit": "points",
-            "bar": "0", "per": "", "baseline": "", **fields}
+    return {"paper": "TAL", "rows": "a", "columns": "*", "other rows": "b", "other columns": "",
+            "unit": "points", "bar": "0", "per": "", "baseline": "", **fields}
 
 
 def test_a_claim_on_every_task_needs_every_task(tmp_path):
     """Better by 10 on one task and by 10, 10.1, 10.2 or by -1, 0, 1 or by -10 on the other."""
     table = tables.Table(tmp_path, "tal-2")
-    cases = ([20, 20.1, 20.2], "holds"), ([9, 10, 11], "cannot be told here"), ([0, 0.1, 0.2], "does not hold")
-    for other, word in cases:
+    for other, word in (([20, 20.1, 20.2], "holds"), ([9, 10, 11], "cannot be told here"),
+                        ([0, 0.1, 0.2], "does not hold")):
         table.update({("a", "signs"): {0: 20, 1: 20.1, 2: 20.2}, ("b", "signs"): dict.fromkeys(range(3), 10),
                       ("a", "glyphs"): dict(enumerate(other)), ("b", "glyphs"): dict.fromkeys(range(3), 10)})
         judged = tables.judge(a_claim(per="column"), table)
@@ -569,7 +571,7 @@ def test_tables_from_runs_and_again(tmp_path):
     assert "- Table 2: 3-Tiny GHN-3;" in page.split("## Not run")[1]
     assert "hours) | - (58.81) | 1.0 ± 0.0 (46.55) | 2.0 ± 0.0 (36.19) | - (70.53) |" in page
     claims = (results / "claims.md").read_text()
-    assert "beat LoGAH's | TAL, Table 2 | +42.0 points | cannot be told here | same |" in claims       # 40 and 44
+    assert "beat LoGAH's | TAL, Table 2 | +42.0 points | cannot be told here | same |" in claims  # 40, 44
     assert "stay the same, bit for bit | AL, Method | - | not run | same |" in claims
     text = readme.read_text()
     assert text.startswith("before\n<!-- claims -->\n| claim")
