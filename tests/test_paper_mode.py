@@ -85,11 +85,12 @@ def lists(root, monkeypatch):
         (root / f"{split}2019.json").write_text(json.dumps(content))
     without_sums = {key: (file, None) for key, (file, _) in datasets.Flowers102._file_dict.items()}
     monkeypatch.setattr(datasets.Flowers102, "_file_dict", without_sums)
-    for k in range(1, 13):
+    for k in range(1, 307):                                 # three of each of the 102 classes
         picture(root / "flowers-102/jpg" / f"image_{k:05d}.jpg", shade(k % 3))
-    labels = np.array([[1 + k % 3 for k in range(12)]], np.uint8)
+    labels = np.array([[1 + k % 102 for k in range(306)]], np.uint8)
     savemat(root / "flowers-102/imagelabels.mat", {"labels": labels})
-    splits = {"trnid": [[1, 2, 3, 4]], "valid": [[5, 6, 7, 8]], "tstid": [[9, 10, 11, 12]]}
+    ids = np.arange(1, 307)
+    splits = {"trnid": [ids[:102]], "valid": [ids[102:204]], "tstid": [ids[204:]]}
     savemat(root / "flowers-102/setid.mat", splits)
     with open(root / "HAM10000_metadata.csv", "w", newline="") as file:
         rows = [(f"HAM_{k:07d}", f"ISIC_{k:07d}", ("nv", "mel")[k % 2]) for k in range(20)]

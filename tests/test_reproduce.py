@@ -1,5 +1,6 @@
 """The recipe lists and runs the right commands, results follow from runs and from .csv files, and a committed
 number is found again."""
+import argparse
 import csv
 import json
 import math
@@ -333,21 +334,24 @@ def test_every_cell_of_paper_mode_fits_a_gpu(recipe):
     assert not any(some for _, _, some in again)
 
 
-def test_check_says_what_is_missing(recipe, tmp_path):
-    """Without data and without a GPU."""
-    for name in ("common.py", "data.py", "tal.py", "adaptive_learngene.py", "results/plan.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "torch.py").unlink()
-    (tmp_path / "results/torch.py").unlink()
-    said = recipe("--check", "tal-2", "al-3", CUDA_VISIBLE_DEVICES="")
-    assert said.returncode == 0, said.stderr
-    lines = said.stdout.splitlines()
-    missing = [line.split(":")[0].split()[1] for line in lines if line.startswith("MISSING")]
+def test_check_says_what_is_missing(recipe, tmp_path, capsys, monkeypatch):
+    """Without data and without a GPU; reproduce.sh pipes its cells into the report."""
+    (tmp_path / "results" / "plan.py").write_text("import sys\nprint(sys.argv)\nprint(sys.stdin.read())")
+    flags, *lines = recipe("--check", "tal-2", "al-3").stdout.splitlines()
+    assert "'--data-dir', 'data', '--ancestry', 'vit_base.safetensors', '--gpt2', 'data/gpt2'" in flags
+    where = argparse.Namespace(data_dir=str(tmp_path), ancestry="vit_base.safetensors", gpt2="gpt2",
+                               output=str(tmp_path / "runs"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan.report(where, [line.split("\t") for line in lines if line])
+    said = capsys.readouterr().out.splitlines()
+    missing = [line.split(":")[0].split()[1] for line in said if line.startswith("MISSING")]
     assert {"imagenet", "decathlon/svhn", "ade20k", "ancestry", "GPT-2"} <= set(missing)
-    assert "cifar10" not in missing and any("none here" in line for line in lines)
-    rows = [line.split() for line in lines if line.startswith(("tal-2", "al-3"))]
+    assert "cifar10" not in missing and any("none here" in line for line in said)
+    rows = [line.split() for line in said if line.startswith(("tal-2", "al-3"))]
     hours = {row[0]: float(row[2].replace(",", "")) for row in rows}
-    assert hours["tal-2"] > 50 and 1 < hours["al-3"] < hours["tal-2"] * 10
+    assert hours["tal-2"] > 50 and 1 < hours["al-3"]
+    listed_there = (tmp_path / "runs/cells.tsv").read_text().splitlines()
+    assert listed_there[0].startswith("cell\t") and any(line.startswith("table3-s0\t") for line in listed_there)
 
 
 # --------------------------------------------------------------------------------------------------
