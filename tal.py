@@ -68,7 +68,7 @@ from common import (
 # --------------------------------------------------------------------------------------------------
 
 ARCHITECTURE_DATASETS = ["ViTs-1K", "ViTs+-1K", "GPTs-1K", "drawn", "drawn+", "drawn-GPTs"]
-# Widths of LoGAH's generators: up to this depth, from, to. Wide where shallow: none is large.
+# Widths of LoGAH's generators (D25): up to this depth, from, to. Wide where shallow: none is large.
 VITS_1K = ((3, 384, 512), (5, 256, 384), (9, 128, 256))              # at most 10M parameters
 GPTS_1K = ((3, 176, 256), (5, 128, 176), (9, 72, 176))
 
@@ -1044,7 +1044,10 @@ def loss_aux(E_train, E_anc, M, temperature=1.0):
 
 
 def loss_cls(y, logits):
-    """Eq. (5): CE(y_c, f_train(x)). y (B,), or (B, C) probabilities (TAL+); logits (B, C)."""
+    """Eq. (5): CE(y_c, f_train(x)). y (B,), or (B, C) probabilities (TAL+); logits (B, C).
+
+    D24: the released code smooths the labels by 0.1.
+    """
     return F.cross_entropy(logits, y)                                # Eq. (5)
 
 
@@ -1494,6 +1497,7 @@ FLAGS = {
     "tuning": [
         ("--tune-tasks", str, (",".join(data.DECATHLON), ",".join(REAL_TASKS)),
          "tasks to tune on (Sec. 5.1); a single one is TAL-st of Table 7"),
+        # D17: Eq. (7)'s L is the cross-entropy alone
         ("--tune-alpha", share, 0.0,
          "alpha while tuning; Eq. (7): \"typically the cross-entropy\", authors' code: 0"),
     ],
