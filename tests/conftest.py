@@ -1,13 +1,16 @@
-"""What test files share: runs of seconds and what they leave, kills and torchrun, files from elsewhere."""
+"""What test files share: runs of seconds and what they leave, processes and kills, files from elsewhere."""
 import contextlib
 import inspect
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import signal
-import subprocess
+import socket
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -109,25 +112,64 @@ def assert_same_run(folder, reference, stage):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Processes: kills and torchrun
+# Processes: kills, and several that train together
 # ------------------------------------------------------------------------------------------------------------
 
-def start(argv, log, script=ROOT / "tal.py", processes=1):
-    """A script in a process of its own, or under torchrun; what it prints is added to the file `log`."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+# New processes are forked from one that has imported torch, which takes seconds, and has never used it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "tal", "adaptive_learngene", "torch._dynamo"])
+PATIENCE = 600                                               # seconds; of a hang, where the machine is slow
+
+
+def fork(function, *args, log, **environment):
+    """A function in a process of its own; what it prints is added to the file `log`."""
+    process = FORKS.Process(target=called, args=(str(log), environment, function, args))
+    with unittest.mock.patch.dict(os.environ, ENV):          # for the process that all are forked from
+        process.start()
+    return process
+
+
+def called(log, environment, function, args):
     with open(log, "a") as out:
-        return subprocess.Popen([*command, str(script), *map(str, argv)], stdout=out, stderr=out, env=ENV)
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ.update(environment)
+    function(*args)
 
 
-def finish(argv, log, code=0, timeout=240, **how):
-    """Runs a script to its end, which must have this exit code; a script that hangs is killed."""
-    process = start(argv, log, **how)
+def run_script(script, argv):
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
+
+
+def start(argv, log, script=ROOT / "tal.py", processes=1):
+    """The processes of a script: one, or several with what torchrun tells them."""
+    argv = [str(word) for word in argv]
+    if processes == 1:
+        return [fork(run_script, str(script), argv, log=log)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    return [fork(run_script, str(script), argv, log=log, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(processes)]
+
+
+def exit_codes(processes):
+    """Waits for the end of processes; those that hang are killed."""
+    until = time.monotonic() + PATIENCE
     try:
-        assert process.wait(timeout=timeout) == code, Path(log).read_text()[-3000:]
+        for process in processes:
+            process.join(max(0, until - time.monotonic()))
+        return [process.exitcode for process in processes]   # None: it hung
     finally:
-        process.kill()
+        for process in processes:
+            process.kill()
+
+
+def finish(argv, log, code=0, **how):
+    """Runs a script to its end, which must have this exit code in every process."""
+    codes = exit_codes(start(argv, log, **how))
+    assert set(codes) == {code}, (codes, Path(log).read_text()[-3000:])
 
 
 def reached(folder, stage, step):
@@ -140,14 +182,15 @@ def reached(folder, stage, step):
 
 def kill_when(now, argv, log, **how):
     """Starts a run and kills it as soon as now() is true."""
-    process = start(argv, log, **how)
+    (process,) = start(argv, log, **how)
     try:
         while not now():
-            assert process.poll() is None, Path(log).read_text()[-3000:]
-            time.sleep(0.01)
+            assert process.exitcode is None, Path(log).read_text()[-3000:]
+            time.sleep(0.02)
     finally:
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+        process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 # A script that kills itself: in the update of one step of one stage, in every process or in that of one rank;

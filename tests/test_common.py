@@ -19,7 +19,8 @@ import common
 from common import (InputError, MAX_BAD_STEPS, Run, Settings, Training, ViT, ViTConfig, cosine_lr, identity,
                     load_checkpoint, load_weights, parameter_groups, parse_flags, save_checkpoint,
                     setup_machine, vit_config, write_atomically)
-from conftest import CPU, ENV, Foreign, assert_same_run, log_of, refuses, same_state, snapshot, weights_of
+from conftest import (CPU, Foreign, assert_same_run, exit_codes, fork, log_of, refuses, same_state, snapshot,
+                      weights_of)
 
 # ------------------------------------------------------------------------------------------------------------
 # Networks
@@ -264,7 +265,7 @@ def loss_at(net, step):
     return (net(x)[:, 0] - x.sum(1)).pow(2).mean()
 
 
-def train_tiny(folder, stop_at=None, poison=(), steps=STEPS, kill=False, **changes):
+def train_tiny(folder, stop_at=None, kill=False, poison=(), steps=STEPS, **changes):
     """A loop as the methods write it; a value "even" is logged in even steps alone.
 
     stop_at: an exception (or SIGKILL) between the forward pass and the update of that step; poison: steps
@@ -394,11 +395,9 @@ def test_interrupted_and_started_again(stops, tmp_path):
 def test_killed_and_started_again(tmp_path):
     """SIGKILL leaves no chance to clean up: processes that kill themselves in steps 2, 7 and 18 of a run."""
     train_tiny(tmp_path / "whole")
-    code = "import sys, test_common; test_common.train_tiny(sys.argv[1], int(sys.argv[2]), kill=True)"
     for stop in (2, 7, 18):
-        command = [sys.executable, "-c", code, str(tmp_path / "parts"), str(stop)]
-        done = subprocess.run(command, capture_output=True, env=ENV)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        process = fork(train_tiny, tmp_path / "parts", stop, True, log=tmp_path / "out")
+        assert exit_codes([process]) == [-signal.SIGKILL], (tmp_path / "out").read_text()
     train_tiny(tmp_path / "parts")
     assert_same_run(tmp_path / "parts", tmp_path / "whole", "tiny")
 
@@ -586,25 +585,22 @@ def test_only_rank_zero_writes(tmp_path):
 # Run: its directory
 # ------------------------------------------------------------------------------------------------------------
 
-OTHER = """
-import sys, torch, common
-common.Run(sys.argv[1], {}, common.Machine(torch.device("cpu"), None)).log("b", step=1)
-"""
+def write_to(folder):
+    Run(folder, {}, CPU).log("b", step=1)
 
 
 def test_a_directory_has_one_owner(tmp_path):
     """A second process is refused while the first runs, and changes nothing; afterwards it may go on."""
-    def other():
-        command = [sys.executable, "-c", OTHER, str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, env=ENV).stderr
-    run = Run(tmp_path, {}, CPU)
+    run, out = Run(tmp_path / "run", {}, CPU), tmp_path / "out"
+    log = tmp_path / "run" / "log.jsonl"
     run.log("a", step=1)
-    before = (tmp_path / "log.jsonl").read_bytes()
-    assert "another process is writing to" in other()
-    assert (tmp_path / "log.jsonl").read_bytes() == before
+    before = log.read_bytes()
+    assert exit_codes([fork(write_to, tmp_path / "run", log=out)]) == [1]
+    assert "another process is writing to" in out.read_text() and log.read_bytes() == before
     run.log("a", step=2)
     run.lock.close()
-    assert other() == "" and [r["stage"] for r in records_of(tmp_path)] == ["a", "a", "b"]
+    assert exit_codes([fork(write_to, tmp_path / "run", log=out)]) == [0]
+    assert [r["stage"] for r in records_of(tmp_path / "run")] == ["a", "a", "b"]
 
 
 def test_temporary_files_of_dead_processes_are_removed(tmp_path):

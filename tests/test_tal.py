@@ -8,6 +8,9 @@ import math
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -23,8 +26,8 @@ import common
 import data
 import tal
 from common import ViT, ViTConfig
-from conftest import (CPU, TINY, assert_same_run, dying_script, finish, kill_when, log_of, picture, reached,
-                      refuses, same_state, snapshot, start)
+from conftest import (CPU, ENV, PATIENCE, ROOT, TINY, assert_same_run, dying_script, exit_codes, finish,
+                      kill_when, killed_in, log_of, picture, reached, refuses, same_state, snapshot, start)
 from tal import OPS, HypernetConfig, ParameterBatch, Role, encode_graph
 
 SHAPE = {"image_size": 32, "patch_size": 8, "pooling": "token"}
@@ -1357,32 +1360,37 @@ def test_plots_are_drawn(drawn, tuned, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 def test_killed_runs_end_as_if_never_stopped(drawn, tuned, tmp_path):
-    """SIGKILL while pretraining, before and after checkpoints of the tuning, in the second epoch of a task,
+    """SIGKILL while pretraining, in the first step of the tuning, at any moment in the second epoch of a task,
     and while a checkpoint is being written; with another number of workers every time. Bitwise the same
-    weights, the same log. 12 and 60 steps; 20 are an epoch of pedestrian."""
-    shared = [*TINY, "--stage", "tune", "--data-dir", drawn, "--ancestry", tuned / "ancestry.pt",
-              "--data", "pedestrian", "--pretrain-epochs", "0.1", "--tune-epochs", "1.2"]
+    weights, the same log. 3 and 20 steps; 7.5 are an epoch of digits."""
+    shared = [*TINY, "--stage", "tune", "--data-dir", drawn, "--ancestry", tuned / "ancestry.pt", "--data",
+              "pedestrian", "--batch-size", "800", "--pretrain-epochs", "0.1", "--tune-epochs", "1.6"]
     finish([*shared, "--output", tmp_path / "whole"], tmp_path / "out")
     folder = tmp_path / "parts"
-    kills = [lambda: reached(folder, "pretrain", 5), lambda: reached(folder, "tune", 5),
-             lambda: reached(folder, "tune", 25),
-             lambda: list(folder.glob(".tune.pt.*.tmp")) or reached(folder, "tune", 45)]
-    for workers, now in enumerate(kills, 1):
-        kill_when(now, [*shared, "--output", folder, "--workers", workers], tmp_path / "out")
-    finish([*shared, "--output", folder], tmp_path / "out")
-    for stage, steps in (("pretrain", 12), ("tune", 60)):
+
+    def argv(workers):
+        return [*shared, "--output", folder, "--workers", workers]
+    for stage, step in (("pretrain", 2), ("tune", 0), ("tune", -1)):
+        killed_in(stage, step, argv(1), tmp_path / "out")
+    kill_when(lambda: reached(folder, "tune", 13), argv(2), tmp_path / "out")
+    finish(argv(3), tmp_path / "out")
+    for stage, steps in (("pretrain", 3), ("tune", 20)):
         assert_same_run(folder, tmp_path / "whole", stage)
         assert steps_of(folder, stage)[-1] == steps
+    assert sum("loss digits" in r for r in log_of(folder, "tune")[:13]) > 7
     name = "untrained-tune-val.json"
     assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
 def test_two_processes_have_the_loss_curve_of_one(drawn, tuned, tmp_path):
-    """The same global batch and architectures: within 1e-5."""
+    """The same global batch and architectures, by torchrun: within 1e-5."""
     shared = [*TINY, "--stage", "tune", "--data-dir", drawn, "--ancestry", tuned / "ancestry.pt",
-              "--data", "pedestrian", "--tune-epochs", "0.2"]
+              "--data", "pedestrian", "--tune-epochs", "0.1"]
     finish([*shared, "--output", tmp_path / "one"], tmp_path / "out")
-    finish([*shared, "--output", tmp_path / "two"], tmp_path / "out", processes=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*torchrun, str(ROOT / "tal.py"), *map(str, shared), "--output", str(tmp_path / "two")]
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENV, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("pretrain", "tune"):
         one, two = log_of(tmp_path / "one", stage), log_of(tmp_path / "two", stage)
         assert [r["step"] for r in one] == [r["step"] for r in two] and len(one) >= 4
@@ -1397,11 +1405,8 @@ def test_a_dying_process_ends_the_others(drawn, tuned, tmp_path):
     script, first = dying_script(tmp_path, "tal", "pretrain", 2, rank=1)
     argv = [first, *TINY, "--stage", "pretrain", "--data-dir", drawn, "--ancestry", tuned / "ancestry.pt",
             "--output", tmp_path / "run"]
-    process = start(argv, tmp_path / "out", script=script, processes=2)
-    try:
-        assert process.wait(timeout=120) != 0                # starting included; a hang would last 30 minutes
-    finally:
-        process.kill()
+    survivor, dead = exit_codes(start(argv, tmp_path / "out", script=script, processes=2))
+    assert dead == -signal.SIGKILL and survivor not in (0, None)
 
 
 # ------------------------------------------------------------------------------------------------------------
