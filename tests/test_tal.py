@@ -27,7 +27,8 @@ import data
 import tal
 from common import ViT, ViTConfig
 from conftest import (CPU, ENV, PATIENCE, ROOT, TINY, assert_same_run, dying_script, exit_codes, finish,
-                      kill_when, killed_in, log_of, picture, reached, refuses, same_state, snapshot, start)
+                      kill_when, killed_in, log_of, picture, reached, refuses, same_state, snapshot, start,
+                      weights_of)
 from tal import OPS, HypernetConfig, ParameterBatch, Role, encode_graph
 
 SHAPE = {"image_size": 32, "patch_size": 8, "pooling": "token"}
@@ -229,7 +230,7 @@ def test_nodes_of_a_vit():
 
 
 TORCHVISION = {                       # name -> (how to build it small, heads of its attention nodes in order)
-    "vit_b_16": (lambda: torchvision.models.vit_b_16(image_size=32), [12] * 12),
+    "vit": (lambda: torchvision.models.VisionTransformer(32, 16, 3, 12, 192, 768), [12] * 3),
     "swin_t": (torchvision.models.swin_t, [3, 3, 6, 6, 12, 12, 12, 12, 12, 12, 24, 24]),
     "resnet50": (torchvision.models.resnet50, []),
     "convnext_tiny": (torchvision.models.convnext_tiny, []),
@@ -276,13 +277,13 @@ def test_residual_sums_and_kinds_of_torchvision(nets):
     assert found == {"sum": 16, "bn": 53, "conv": 54, "max_pool": 1, "glob_avg": 1}
     assert count["swin_t"]["sum"] == 24
     assert count["convnext_tiny"]["sum"] == 18 and count["convnext_tiny"]["sep_conv"] == 18
-    assert count["vit_b_16"]["sum"] == 25                                              # 24, and the positions
+    assert count["vit"]["sum"] == 7                                                     # 6, and the positions
 
 
 def test_graph_of_torchvisions_vit_is_ours(nets):
     """Written by others, with other names and nn.MultiheadAttention: the same graph."""
-    ours = encode_graph(tal.skeleton(ViTConfig(32, 16, 768, 12, 12)))
-    theirs = nets["vit_b_16"][1]
+    ours = encode_graph(tal.skeleton(ViTConfig(32, 16, 192, 3, 12)))
+    theirs = nets["vit"][1]
     assert ops_of(ours) == ops_of(theirs) and ours.shapes == theirs.shapes
     assert sorted(ours.edges) == sorted(theirs.edges) and torch.equal(ours.distance, theirs.distance)
     learngene = small_hypernet().learngene
@@ -553,7 +554,7 @@ def test_the_shorter_product_is_that_of_a_and_b(name, width):
              Role((10, width), "conv", is_head=True)]
     batches = [ParameterBatch(role, ["W"], torch.tensor([0, 1])) for role in roles]
     for rule in ("fan-in", "rms"):
-        decoder = tal.LowRankDecoder(replace(tal.HYPERNETS[name], scale=rule)).double()
+        decoder = tal.LowRankDecoder(replace(tal.HYPERNETS[name], scale=rule, mlp=(8, 16))).double()
         h = torch.randn(2, decoder.config.width, dtype=torch.float64)
         r, plain = decoder.config.rank, []
         C = decoder.code(decoder.mlp(h)).view(2, 2, r, r)
@@ -819,6 +820,19 @@ def test_one_step_is_eqs_4_to_6_plus_the_norms(method):
     assert loss.item() == pytest.approx(float(total), rel=1e-4)
 
 
+@pytest.mark.parametrize("alpha, soft, classes, runs", [
+    (0.3, False, 5, 1), (0.0, False, 5, 0), (0.0, True, 5, 1), (0.0, True, 4, 0), (0.3, True, 4, 1)])
+def test_the_ancestry_runs_only_where_it_is_read(alpha, soft, classes, runs):
+    """By Eq. (4), or by TAL+'s soft labels, which it has for the five classes of digits."""
+    ancestry = tal.Ancestry(ViTConfig(32, 8, 16, 1, 2), {"digits": 5}).eval()
+    calls = []
+    ancestry.encoder.register_forward_hook(lambda *call: calls.append(1))
+    loss, _, _ = tal.tal_step(
+        small_hypernet(task_dim=16), small_vit(), small_task("digits", classes), bytes_of(4, 3, 32, 32),
+        torch.tensor([0, 1, 2, 3]), torch.randn(16), tal.Objective(ancestry, alpha, 1.0, soft), CPU)
+    assert len(calls) == runs and loss.isfinite()
+
+
 @pytest.mark.parametrize("decoder", ["low-rank", "tiled"])
 @pytest.mark.parametrize("task_info", [False, True])
 def test_gradients_reach_every_parameter_that_is_used(decoder, task_info):
@@ -956,7 +970,7 @@ def test_a_customized_network_saves_copies_and_trains_like_any_other(tmp_path):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(own.parameters(), other.parameters()))
     assert not torch.equal(own.head.weight, net.head.weight)
-    assert all(torch.equal(p, loaded[name]) for name, p in net.named_parameters())       # the copy trained alone
+    assert all(torch.equal(p, loaded[name]) for name, p in net.named_parameters())    # only the copy
 
 
 def folder_of_images(root, names=("cat", "dog", "eel"), each=4):
@@ -1049,6 +1063,21 @@ def test_paper_preset_is_section_5_1():
     assert tal.settings(["--method", "tal+"]).archs == "drawn+"
 
 
+def test_the_drawn_ancestry_is_broad_and_knows_none_of_the_tuned_tasks(tuned, tmp_path):
+    """D15, D17, D21; the tasks can be named, and must be where one is to be trained."""
+    args = tal.settings([])
+    assert args.ancestry_tasks == "base,wide" and not {"base", "wide"} & set(args.tune_tasks.split(","))
+    assert (args.alpha, args.tune_alpha) == (0.5, 0)
+    text = tal.settings(["--modality", "text"])
+    assert text.ancestry_tasks == text.tune_tasks and len(text.ancestry_tasks.split(",")) == 4
+    assert tal.settings(["--preset", "paper"]).ancestry_tasks == ""
+    assert list(tal.load(tuned).ancestry.heads) == ["base", "pedestrian", "digits"]
+    for stage in ("ancestry", "pretrain"):
+        with refuses("--ancestry FILE, or say --ancestry-epochs and --ancestry-tasks to train one"):
+            run_tal(tmp_path, tmp_path / "run", "--stage", stage, "--ancestry-tasks", "")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 @pytest.mark.parametrize("flags, task_info, alpha", [
     ("", True, 0.5), ("--method tal+", True, 0.5), ("--without task-info", False, 0.5),
     ("--without ancestry", True, 0.0), ("--method logah", False, 0.0), ("--method ghn3", False, 0.0)])
@@ -1080,6 +1109,12 @@ def test_no_more_flags_than_these():
 
 def run_tal(drawn, output, *flags):
     tal.main([*TINY, "--data-dir", str(drawn), "--output", str(output), *map(str, flags)])
+
+
+@pytest.fixture
+def no_table(monkeypatch):
+    """Stages end before their table of untrained networks."""
+    monkeypatch.setattr(tal, "evaluate", lambda *how: None)
 
 
 def steps_of(folder, stage):
@@ -1140,8 +1175,9 @@ def test_every_method_trains(method, drawn, tuned, tmp_path):
     ("--without task-info", lambda run: run["W"] == 0 and run["aux"] > 0 and not run["embeddings"]),
     ("--without ancestry", lambda run: run["W"] > 0 and run["aux"] == 0 and len(run["embeddings"]) == 2),
     ("--tune-tasks pedestrian --tune-epochs 0.2", lambda run: set(run["embeddings"]) == {"pedestrian"}),
-    ("--meta-batch 2 --pooling token --recipe none --amp bf16 --seed 3", lambda run: run["aux"] > 0)])
-def test_ablations_and_options_run(flags, check, drawn, tuned, tmp_path):
+    ("--meta-batch 2 --pooling token --recipe none --amp bf16 --seed 3 --batch-size 40 "
+     "--pretrain-epochs 0.006 --tune-epochs 0.016", lambda run: run["aux"] > 0)])
+def test_ablations_and_options_run(flags, check, drawn, tuned, tmp_path, no_table):
     run_tal(drawn, tmp_path, "--stage", "tune", "--ancestry", tuned / "ancestry.pt", *flags.split())
     saved, log = torch.load(tmp_path / "tune.pt", weights_only=True), log_of(tmp_path, "tune")
     assert all(math.isfinite(r["loss"]) for r in log) and log[-1]["skipped"] == 0
@@ -1152,7 +1188,7 @@ def test_ablations_and_options_run(flags, check, drawn, tuned, tmp_path):
 
 def test_the_log_of_a_hypernetwork(tuned):
     """loss = alpha aux + (1 - alpha) cls + the norms, alpha 0.5 and, while tuning, 0; the drawn task's loss
-    beside it; every tenth of the run (of four steps: each) the accuracy of an untrained network on every task."""
+    beside it; every tenth of the run (of four steps: each) the accuracy of an untrained network per task."""
     for stage, alpha in (("pretrain", 0.5), ("tune", 0.0)):
         for r in log_of(tuned, stage):
             rest = r["loss"] - alpha * r["loss_aux"] - (1 - alpha) * r["loss_cls"]
@@ -1167,6 +1203,7 @@ def test_the_log_of_a_hypernetwork(tuned):
 def test_the_curve_in_the_log_is_the_accuracy_of_the_network_so_far(tuned, drawn):
     """The last line's value is that of the weights before the last update; here of those after it."""
     model = tal.load(tuned)
+    with_task_weights(model.hypernet)
     (task,) = data.load_many(["digits"], str(drawn), 32).values()
     config = tal.asked_architecture(model.trained)
     state = torch.get_rng_state()
@@ -1176,37 +1213,223 @@ def test_the_curve_in_the_log_is_the_accuracy_of_the_network_so_far(tuned, drawn
     assert value.item() == pytest.approx(common.accuracy(net, task, "val", "cpu", limit=500))
 
 
-def test_the_loop_is_eq_1_within_eq_7(drawn, tuned, tmp_path, monkeypatch):
-    """Three architectures per step, the losses replaced by known ones: the logged loss is their mean; all see
-    the same images of one task; a task that comes again shows other images."""
-    calls = []
+class Course:
+    """The steps of a run of both stages, three architectures each; their losses are known numbers.
 
-    def known(hypernet, config, task, x, y, I, objective, machine):
-        value = torch.tensor(math.sin(7.0 * len(calls)) + 2)
-        calls.append((value.item(), config, task.name, x.sum().item()))
-        return value + 0 * sum(p.sum() for p in hypernet.parameters()), value * 2, value * 3
-    monkeypatch.setattr(tal, "tal_step", known)
-    run_tal(drawn, tmp_path, "--stage", "tune", "--ancestry", tuned / "ancestry.pt", "--meta-batch", "3",
-            "--tune-epochs", "0.2")
-    pretrained = len(log_of(tmp_path, "pretrain"))
-    rows = [calls[i:i + 3] for i in range(pretrained * 3, len(calls), 3)]
-    log = log_of(tmp_path, "tune")
-    assert len(rows) == len(log) == 10                       # 0.2 x 10,000 / 200
-    for row, r in zip(rows, log):
-        assert r["loss"] == pytest.approx(sum(v for v, *_ in row) / 3, rel=1e-5)
+    calls: {stage: [(loss, configuration, task's name, images, I)]}; first: {stage: its first weights}
+    """
+    def __init__(self, drawn, ancestry, folder, *flags):
+        self.calls, self.first, self.folder = {}, {}, folder
+        train_hypernet = tal.train_hypernet
+
+        def training(run, stage, args, hypernet, *rest):
+            self.calls[stage] = []
+            self.first[stage] = copy.deepcopy(hypernet.state_dict())
+            train_hypernet(run, stage, args, hypernet, *rest)
+
+        def known(hypernet, config, task, x, y, I, objective, machine):
+            calls = self.calls[list(self.calls)[-1]]
+            value = torch.tensor(math.sin(7.0 * len(calls)) + 2)
+            calls.append((value.item(), config, task.name, x, I))
+            return value + 0 * sum(p.sum() for p in hypernet.parameters()), value * 2, value * 3
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tal, "train_hypernet", training)
+            patch.setattr(tal, "tal_step", known)
+            patch.setattr(tal, "evaluate", lambda *how: None)
+            run_tal(drawn, folder, "--stage", "tune", "--ancestry", ancestry, "--meta-batch", "3",
+                    "--tune-epochs", "0.2", "--recipe", "none", *flags)
+
+    def steps(self, stage):
+        calls = self.calls[stage]
+        return [calls[i:i + 3] for i in range(0, len(calls), 3)]
+
+    def order(self, stage, number):
+        """Of every step, what its calls had in this place: 1 architectures, 2 tasks."""
+        return [tuple(call[number] for call in step) for step in self.steps(stage)]
+
+
+@pytest.fixture(scope="module")
+def course(drawn, tuned, tmp_path_factory):
+    return Course(drawn, tuned / "ancestry.pt", tmp_path_factory.mktemp("course"))
+
+
+def test_the_loop_is_eq_1_within_eq_7(course):
+    """The logged loss is the mean over the architectures; all see the same images of one task; a task that
+    comes again shows other images."""
+    steps, log = course.steps("tune"), log_of(course.folder, "tune")
+    assert len(steps) == len(log) == 10                      # 0.2 x 10,000 / 200
+    for step, r in zip(steps, log):
+        assert r["loss"] == pytest.approx(sum(v for v, *_ in step) / 3, rel=1e-5)
         assert (r["loss_cls"], r["loss_aux"]) == pytest.approx((2 * r["loss"], 3 * r["loss"]), rel=1e-5)
-        assert len({c for _, c, *_ in row}) > 1 and len({(t, x) for *_, t, x in row}) == 1
-    assert {row[0][2] for row in rows} == {"pedestrian", "digits"}
-    assert len({row[0][3] for row in rows}) == 10            # other images every time
-    assert len({tuple(c for _, c, *_ in row) for row in rows}) > 5
+        assert len({c for _, c, *_ in step}) > 1 and len({(t, x.sum().item()) for _, _, t, x, _ in step}) == 1
+    assert {step[0][2] for step in steps} == {"pedestrian", "digits"}
+    assert len({step[0][3].sum().item() for step in steps}) == 10
+    assert len(set(course.order("tune", 1))) > 5
 
 
-def test_same_seed_same_run_and_another_seed_another(drawn, tuned, tmp_path):
+def test_every_step_has_its_own_task_embedding(course, tuned, drawn):
+    """None while pretraining; then that of the step's task, which the checkpoint keeps."""
+    assert all(I is None for *_, I in course.calls["pretrain"])
+    ancestry, kept = tal.load(tuned).ancestry, tal.load(course.folder).embeddings
+    tasks = data.load_many(["pedestrian", "digits"], str(drawn), 32)
+    expected = {name: tal.task_embedding(ancestry, task, "cpu") for name, task in tasks.items()}
+    assert not torch.allclose(expected["pedestrian"], expected["digits"], atol=0.1)
+    same_state(kept, expected)
+    for _, _, name, _, I in course.calls["tune"]:
+        assert torch.equal(I, expected[name]), name
+
+
+def test_tuning_goes_on_from_the_pretraining(course, drawn, tuned, tmp_path, monkeypatch):
+    """Where both are done at once, and where pretrain.pt is there."""
+    pretrained = torch.load(course.folder / "pretrain.pt", weights_only=True)["model"]
+    same_state(course.first["tune"], pretrained)
+    fresh = course.first["pretrain"]
+    assert any(not torch.equal(pretrained[name], fresh[name]) for name in fresh)
+    run = shutil.copytree(tuned, tmp_path / "run")
+    (run / "tune.pt").unlink()
+
+    def begin(run, stage, args, hypernet, *rest):
+        same_state(hypernet.state_dict(), weights_of(tuned, "pretrain"))
+        raise KeyboardInterrupt(stage)
+    monkeypatch.setattr(tal, "train_hypernet", begin)
+    with pytest.raises(KeyboardInterrupt, match="tune"):
+        run_tal(drawn, run, "--stage", "evaluate")
+
+
+def test_another_seed_is_another_course(course, drawn, tuned, tmp_path):
+    """Other architectures, tasks and images in another order; the same seed has the same ones."""
+    ancestry = tuned / "ancestry.pt"
+    same = Course(drawn, ancestry, tmp_path / "a")
+    other = Course(drawn, ancestry, tmp_path / "b", "--seed", "1")
+    for stage in ("pretrain", "tune"):
+        assert same.order(stage, 1) == course.order(stage, 1) != other.order(stage, 1)
+        images = [[step[0][3] for step in each.steps(stage)] for each in (course, same, other)]
+        for first, second, third in zip(*images):
+            assert torch.equal(first, second) and not torch.equal(first, third)
+    assert same.order("tune", 2) == course.order("tune", 2) != other.order("tune", 2)
+    assert course.order("pretrain", 1) != course.order("tune", 1)[:4]                    # of the stage, too
+
+
+def test_same_seed_same_run_and_another_seed_another(drawn, tuned, tmp_path, no_table):
     shared = "--stage", "tune", "--ancestry", tuned / "ancestry.pt"
     run_tal(drawn, tmp_path / "a", *shared)
     run_tal(drawn, tmp_path / "b", *shared, "--seed", "1")
     assert_same_run(tmp_path / "a", tuned, "tune")
     assert [r["loss"] for r in log_of(tmp_path / "b", "tune")] != [r["loss"] for r in log_of(tuned, "tune")]
+
+
+def task_of_two(name, each=5):
+    """Dark images to train on; val and test are white, and what is class 0 in val is class 1 in test."""
+    white = torch.full((each, 3, 32, 32), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    images = {"train": bytes_of(8, 3, 32, 32) // 2, "val": white, "test": white}
+    labels = {split: torch.full((len(x),), int(split == "test")) for split, x in images.items()}
+    labels["train"][::2] = 1
+    return data.Task(name, ["a", "b"], (0.5,) * 3, (0.5,) * 3, images, labels, f"content of {name}")
+
+
+@pytest.fixture
+def of_two(monkeypatch):
+    """All tasks are such ones."""
+    monkeypatch.setattr(data, "load_tasks", lambda names, *how: {name: task_of_two(name) for name in names})
+
+
+SHORT = ("--ancestry-tasks base --batch-size 4 --ancestry-epochs 1 --pretrain-epochs 1 --tune-epochs 1 "
+         "--train-epochs 2").split()
+
+
+def test_everything_learns_from_training_images(of_two, tmp_path, monkeypatch):
+    """Ancestry, both stages of the hypernetwork, further training: no network is shown a white image while
+    there are gradients."""
+    seen, tokens = [], ViT.tokens
+
+    def noting(net, x):
+        if torch.is_grad_enabled():
+            seen.append(x.max().item())
+        return tokens(net, x)
+    monkeypatch.setattr(ViT, "tokens", noting)
+    run_tal(tmp_path, tmp_path / "run", *SHORT, "--stage", "train", "--data", "clothing")
+    assert len(seen) == 2 + 2 + 4 + 4                        # steps of 4 of 8 images; while tuning, of 16
+    assert max(seen) < 0.1 < task_of_two("t").normalise(torch.tensor([[[[255]]] * 3])).max()
+
+
+def test_what_is_reported_is_of_the_split_that_was_asked_for(of_two, tmp_path):
+    """Classes are exchanged between val and test, so what is right in one is wrong in the other."""
+    for split in ("val", "test"):
+        run = tmp_path / split
+        run_tal(tmp_path, run, *SHORT, "--stage", "train", "--data", "digits", "--split", split)
+        run_tal(tmp_path, run, *SHORT, "--stage", "evaluate", "--data", "clothing", "--split", split)
+        model, task = tal.load(run, quiet=False), task_of_two("clothing")
+        table = json.loads((run / f"untrained-evaluate-{split}.json").read_text())
+        for (name, row), config in zip(table.items(), tal.table_sizes(model.trained).values()):
+            net = model.customize(config, task)
+            assert row == dict.fromkeys(["clothing", "average"], common.accuracy(net, task, split, "cpu")), name
+        result, digits = log_of(run, "train")[-1], task_of_two("digits")
+        config = tal.asked_architecture(model.trained)
+        net = model.customize(config, digits)
+        assert result["split"] == split and result["untrained"] == common.accuracy(net, digits, split, "cpu")
+        (file,) = run.glob("train-digits-*.pt")
+        net.load_state_dict(torch.load(file, weights_only=True)["model"])
+        assert result["trained"] == common.accuracy(net, digits, split, "cpu")
+
+
+def test_images_as_many_as_tuning_shows_of_the_task(monkeypatch):
+    """Sec. 5.1 by hand: 100 and 400 images, sqrt(1/5) : sqrt(4/5) = 1 : 2, 6 epochs of 500 images, batches of
+    10: 100 and 200 steps."""
+    counts = {"pedestrian": 100, "digits": 400}
+
+    def load_tasks(names, *how):
+        return {n: replace(small_task(n), labels={"train": torch.zeros(counts[n])}) for n in names}
+    monkeypatch.setattr(data, "load_tasks", load_tasks)
+    flags = "--tune-tasks pedestrian,digits --tune-epochs 6 --batch-size 10 --train-images tune"
+    args = tal.settings(flags.split())
+    tasks = load_tasks(counts)
+    assert [tal.training_steps(task, args, CPU) for task in tasks.values()] == [100, 200]
+    assert tal.training_steps(tasks["digits"], args.replace(task_temperature=1.0), CPU) == 240
+    assert tal.training_steps(tasks["digits"], args.replace(train_images="401"), CPU) == 41
+    assert tal.training_steps(tasks["digits"], args.replace(train_images="", train_epochs=0.5), CPU) == 20
+    with refuses("t is not among the tuned tasks; give a number"):
+        tal.training_steps(small_task("t"), args, CPU)
+
+
+def test_the_head_of_an_unseen_task_starts_at_random(tuned, drawn):
+    """All else is predicted, with the task's own embedding; a tuned task's head, too."""
+    model = tal.load(tuned, quiet=False)
+    with_task_weights(model.hypernet)
+    args, config = model.trained, tal.asked_architecture(model.trained)
+    for name, task in data.load_many(["digits", "clothing"], str(drawn), 32).items():
+        net = tal.initial_network(args, config, task, model, "cpu")
+        torch.manual_seed(args.seed)
+        fresh = ViT(replace(config, num_classes=task.num_classes))
+        expected = dict(tal.customize(model.hypernet, config, model.embedding(task), 10).named_parameters())
+        if name == "clothing":
+            expected |= {f"head.{n}": p for n, p in fresh.head.named_parameters()}
+        for n, p in net.named_parameters():
+            torch.testing.assert_close(p, expected[n], atol=1e-6, rtol=1e-5)
+        assert torch.equal(net.head.weight, fresh.head.weight) == (name == "clothing")
+
+
+def test_quiet_rows_where_that_is_asked_for(tuned, drawn, tmp_path, monkeypatch):
+    """D19: of a TAL for widths up to 56; where networks of such widths read, nothing changes."""
+    loud, quiet = tal.load(tuned, quiet=False), tal.load(tuned)
+    same_state(loud.hypernet.state_dict(), weights_of(tuned, "tune"))
+    before, after = loud.hypernet.decoder, quiet.hypernet.decoder
+    for name in ("row_basis", "col_basis", "vector_basis"):  # 4 x 56 hidden units of 256 channels
+        old, new = getattr(before, name), getattr(after, name)
+        assert torch.equal(new[:224], old[:224]) and torch.equal(new[224:256], old[224:256] * 0.1), name
+    a, b = (model.hypernet.predict(graph_of(width=56, heads=7)) for model in (loud, quiet))
+    same_state(a, b)
+    asked = []
+    monkeypatch.setattr(tal.LowRankDecoder, "quiet_untrained_rows", lambda self, roles: asked.append(1))
+    run = shutil.copytree(tuned, tmp_path / "run")
+    machine = common.Run(run, {}, CPU)
+    shared = [*TINY, "--data-dir", str(drawn), "--output", str(run), "--stage"]
+    for flags, times in (("evaluate", 0), ("evaluate --quiet", 1), ("train", 0), ("tune", 0),
+                         ("tune --quiet", 1), ("customize", 1)):
+        args = tal.settings([*shared, *flags.split()])
+        tal.obtain(machine, args, "tune")
+        assert len(asked) == times, flags
+        asked.clear()
 
 
 def test_evaluate_twice_says_the_same(drawn, tuned, tmp_path):
@@ -1216,23 +1439,24 @@ def test_evaluate_twice_says_the_same(drawn, tuned, tmp_path):
     first = json.loads((run / "untrained-evaluate-val.json").read_text())
     assert first == json.loads((tuned / "untrained-tune-val.json").read_text())
     assert (run / "tune.pt").read_bytes() == (tuned / "tune.pt").read_bytes()
-    run_tal(drawn, run, "--stage", "evaluate", "--split", "test", "--data", "digits")
-    table = json.loads((run / "untrained-evaluate-test.json").read_text())
-    assert set(table["3-Tiny"]) == {"digits", "average"}
 
 
-def test_evaluate_gives_unseen_tasks_their_embedding(drawn, tuned, tmp_path, monkeypatch):
-    """As train and customize do: I of the clothing images, not a prediction without task information."""
+def test_evaluate_gives_every_task_its_embedding(drawn, tuned, tmp_path, monkeypatch):
+    """Tuned ones that of the tuning; unseen ones, as in train and customize, that of their images."""
     run = shutil.copytree(tuned, tmp_path / "run")
-    given, customize = [], tal.customize
+    given, customize, model = [], tal.customize, tal.load(tuned)
 
     def noting(hypernet, config, I, classes):
         given.append(I)
         return customize(hypernet, config, I, classes)
     monkeypatch.setattr(tal, "customize", noting)
-    run_tal(drawn, run, "--stage", "evaluate", "--data", "clothing")
-    assert len(given) == 9 and None not in given
-    assert all(I.norm().item() == pytest.approx(4, rel=1e-4) for I in given)
+    config = small_vit(pooling="avg", width=40, heads=5)
+    monkeypatch.setattr(tal, "table_sizes", lambda args: {"own": config})
+    run_tal(drawn, run, "--stage", "evaluate", "--data", "pedestrian,digits,clothing")
+    clothing = tal.task_embedding(model.ancestry, data.load("clothing", str(drawn)), "cpu")
+    assert len(given) == 3
+    for I, expected in zip(given, (*model.embeddings.values(), clothing)):
+        torch.testing.assert_close(I, expected, atol=1e-6, rtol=0)
 
 
 def test_other_data_under_the_same_name_is_loud_and_a_result_stands_once(tmp_path, capsys):
@@ -1360,9 +1584,9 @@ def test_plots_are_drawn(drawn, tuned, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 def test_killed_runs_end_as_if_never_stopped(drawn, tuned, tmp_path):
-    """SIGKILL while pretraining, in the first step of the tuning, at any moment in the second epoch of a task,
-    and while a checkpoint is being written; with another number of workers every time. Bitwise the same
-    weights, the same log. 3 and 20 steps; 7.5 are an epoch of digits."""
+    """SIGKILL while pretraining, in the first step of the tuning, while a checkpoint is being written, and at
+    any moment in the second epoch of a task; with other numbers of workers. Bitwise the same weights, the
+    same log. 3 and 20 steps; 7.5 are an epoch of digits."""
     shared = [*TINY, "--stage", "tune", "--data-dir", drawn, "--ancestry", tuned / "ancestry.pt", "--data",
               "pedestrian", "--batch-size", "800", "--pretrain-epochs", "0.1", "--tune-epochs", "1.6"]
     finish([*shared, "--output", tmp_path / "whole"], tmp_path / "out")
