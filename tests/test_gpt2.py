@@ -259,9 +259,9 @@ def test_f1_and_matthews_by_hand():
 
 # Runs of --modality text
 
-TEXT = ("--modality text --hypernet tiny --ancestry-size 16x1x2 --batch-size 100 --ancestry-epochs 0.01 "
-        "--tune-epochs 0.04 --tune-tasks sentiment,paraphrases --split val --save-every 1 "
-        "--device cpu").split()
+TEXT = ("--modality text --context 32 --hypernet tiny --ancestry-size 16x1x2 --batch-size 100 "
+        "--ancestry-epochs 0.01 --tune-epochs 0.04 --tune-tasks sentiment,paraphrases --split val "
+        "--save-every 1 --device cpu").split()
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_text_losses_by_hand(tuned_text, monkeypatch):
     """One step's Eq. (6) from its parts: predicted parameters, the ancestry's features, the predicted M."""
     monkeypatch.setattr(tal, "PREDPARAM", 0)
     model = tal.load(tuned_text)
-    task = data.load_texts(["sentiment"], context=64)["sentiment"]
+    task = data.load_texts(["sentiment"], context=32)["sentiment"]
     ids, y = task.batch("train", 0, 10)
     config = tal.architectures("drawn-GPTs", tal.input_shape(model.trained))[0]
     I, objective = model.embedding("sentiment"), tal.Objective(model.ancestry, 0.9)
@@ -306,7 +306,7 @@ def test_text_losses_by_hand(tuned_text, monkeypatch):
 def test_text_killed_and_in_two_processes(tuned_text, tmp_path):
     """Killed in the ancestry, whose loss is that of text alone: bitwise the run that was never stopped. Two
     processes: the same losses."""
-    shared = [*TEXT, "--stage", "tune", "--data", "sentiment"]
+    shared = [*TEXT, "--stage", "train", "--data", "sentiment", "--train-images", "200"]
     parts = tmp_path / "parts"
     kill_when(lambda: reached(parts, "ancestry", 2), [*shared, "--output", parts], tmp_path / "out")
     finish([*shared, "--output", parts], tmp_path / "out")
@@ -314,21 +314,23 @@ def test_text_killed_and_in_two_processes(tuned_text, tmp_path):
         assert_same_run(parts, tuned_text, stage)
     two = [*shared, "--ancestry", tuned_text / "ancestry.pt", "--output", tmp_path / "two"]
     finish(two, tmp_path / "out", processes=2)
-    for a, b in zip(log_of(tuned_text, "tune"), log_of(tmp_path / "two", "tune"), strict=True):
-        for key in ("loss", "loss_aux"):
-            assert a[key] == pytest.approx(b[key], abs=1e-4)
+    (train,) = [path.stem for path in parts.glob("train-*.pt")]
+    for stage in ("tune", train):
+        for a, b in zip(log_of(parts, stage), log_of(tmp_path / "two", stage), strict=True):
+            for key in a.keys() & {"loss", "loss_aux"}:
+                assert a[key] == pytest.approx(b[key], abs=1e-4)
 
 
 def test_text_customize_and_train(tuned_text, tmp_path, capsys):
     tal.main([*TEXT, "--stage", "customize", "--data", "sentiment", "--output", str(tuned_text),
               "--depth", "5", "--size", "40x5", "--export", str(tmp_path / "net.bin")])
     net = load_gpt2(tmp_path / "net.bin", num_classes=2)[0]
-    assert net.config == GPT2Config(257, 64, 40, 5, 5, 2)
+    assert net.config == GPT2Config(257, 32, 40, 5, 5, 2)
     (card,) = tmp_path.glob("net*.json")
-    task = data.load_texts(["sentiment"], context=64)["sentiment"]
+    task = data.load_texts(["sentiment"], context=32)["sentiment"]
     untrained = json.loads(card.read_text())["untrained"]
     assert common.accuracy(net, task, "val", "cpu") == pytest.approx(untrained)
-    same = tal.load(tuned_text).customize(GPT2Config(257, 64, 40, 5, 5), images="sentiment")
+    same = tal.load(tuned_text).customize(GPT2Config(257, 32, 40, 5, 5), images="sentiment")
     assert torch.allclose(same.score.weight, net.score.weight, atol=1e-6)
     tal.main([*TEXT, "--stage", "train", "--method", "random", "--data", "sentiment", "--train-images", "400",
               "--output", str(tmp_path / "run")])
@@ -337,7 +339,7 @@ def test_text_customize_and_train(tuned_text, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ("--tokens {out}/nowhere", "vocab.json|tokenizers"), ("--method ghn3", "--modality text has"),
-    ("--stage plot", "not for --modality"), ("--tune-tasks digits", "digits"), ("--context 32", "context 64"),
+    ("--stage plot", "not for --modality"), ("--tune-tasks digits", "digits"), ("--context 16", "context 32"),
     ("--stage evaluate --data mrpc", "mrpc"), ("--ancestry {image}", "was not trained on text"),
     ("--stage customize --data sentiment --format timm --export {out}/a.bin", "transformers"),
     ("--stage customize --data sentiment --export {out}/a.txt", ".safetensors")])
@@ -364,7 +366,7 @@ def test_published_gpt2_is_an_ancestry(tmp_path):
     tal.main([*flags, "--tokens", str(folder)])
     model = tal.load(tmp_path / "run")
     assert model.hypernet.config.tokens == 267 and model.ancestry.width == 64
-    task = data.load_texts(["sentiment"], context=64, tokens=str(folder))["sentiment"]
+    task = data.load_texts(["sentiment"], context=32, tokens=str(folder))["sentiment"]
     with torch.no_grad():
         mean = published_net.encode(task.normalise(task.examples("train", 2000)[0])).mean(0)
     expected = 8 * mean / mean.norm()                        # D4

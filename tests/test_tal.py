@@ -1363,7 +1363,8 @@ def test_what_is_reported_is_of_the_split_that_was_asked_for(of_two, tmp_path):
         table = json.loads((run / f"untrained-evaluate-{split}.json").read_text())
         for (name, row), config in zip(table.items(), tal.table_sizes(model.trained).values()):
             net = model.customize(config, task)
-            assert row == dict.fromkeys(["clothing", "average"], common.accuracy(net, task, split, "cpu")), name
+            percent = common.accuracy(net, task, split, "cpu")
+            assert row == {"clothing": percent, "average": percent}, name
         result, digits = log_of(run, "train")[-1], task_of_two("digits")
         config = tal.asked_architecture(model.trained)
         net = model.customize(config, digits)
@@ -1608,19 +1609,20 @@ def test_killed_runs_end_as_if_never_stopped(drawn, tuned, tmp_path):
 
 def test_two_processes_have_the_loss_curve_of_one(drawn, tuned, tmp_path):
     """The same global batch and architectures, by torchrun: within 1e-5."""
-    shared = [*TINY, "--stage", "tune", "--data-dir", drawn, "--ancestry", tuned / "ancestry.pt",
+    shared = [*TINY, "--stage", "train", "--data-dir", drawn, "--ancestry", tuned / "ancestry.pt",
               "--data", "pedestrian", "--tune-epochs", "0.1"]
     finish([*shared, "--output", tmp_path / "one"], tmp_path / "out")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*torchrun, str(ROOT / "tal.py"), *map(str, shared), "--output", str(tmp_path / "two")]
     done = subprocess.run(argv, capture_output=True, text=True, env=ENV, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
-    for stage in ("pretrain", "tune"):
+    (train,) = [path.stem for path in (tmp_path / "one").glob("train-*.pt")]
+    for stage in ("pretrain", "tune", train):
         one, two = log_of(tmp_path / "one", stage), log_of(tmp_path / "two", stage)
-        assert [r["step"] for r in one] == [r["step"] for r in two] and len(one) >= 4
+        assert [r["step"] for r in one] == [r["step"] for r in two] and len(one) >= 2
         for a, b in zip(one, two):
             assert a.keys() == b.keys()
-            for key in ("loss", "loss_cls", "loss_aux", "lr", "images"):
+            for key in a.keys() & {"loss", "loss_cls", "loss_aux", "lr", "images"}:
                 assert a[key] == pytest.approx(b[key], abs=1e-5), (stage, a, b)
 
 
