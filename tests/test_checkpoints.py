@@ -71,12 +71,12 @@ def test_older_names_of_torchvision(tmp_path):
 
 def test_vit_b_16():
     torch.manual_seed(0)
-    theirs = torchvision.models.vit_b_16(image_size=64).eval()
+    theirs = torchvision.models.VisionTransformer(64, 16, 2, 12, 768, 3072).eval()   # of two layers
     for p in theirs.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.02)
     state, config, _ = vit_state(theirs.state_dict())
-    assert config == ViTConfig(64, 16, 768, 12, 12, 1000)    # 12 heads from the width
+    assert config == ViTConfig(64, 16, 768, 2, 12, 1000)     # 12 heads from the width
     ours = ViT(config).eval()
     ours.load_state_dict(state, strict=True)
     same_logits(ours, theirs, 64)
@@ -624,7 +624,7 @@ def test_a_net_of_another_architecture_is_left_alone(config, words, tmp_path):
 
 def test_a_swin_of_another_width_is_left_alone(tmp_path):
     saved(tmp_path / "a.pth", torchvision.models.swin_t().state_dict())
-    net = torchvision.models.swin_b()
+    net = torchvision.models.SwinTransformer([4, 4], 48, [2, 2, 6, 2], [3, 6, 12, 24], [7, 7])
     before = net.features[0][0].weight.clone()
     with refuses("does not fit this SwinTransformer"):
         load_pretrained(tmp_path / "a.pth", net=net)

@@ -220,13 +220,15 @@ def test_published_ancestors(method, tmp_path, capsys):
     for size in ("drawn-tiny", "drawn-small"):
         net = random_weights(ViT(common.vit_config(size, 2, image_size=32, patch_size=16, num_classes=9)))
         files.append(str(saved(tmp_path / f"{size}.pth", net.state_dict())))
+    stream = images(tmp_path / "stream", 2)                  # auto and peg train something beside the ancestor
     argv = [*SMALL, "--pooling", "token", "--stage", "train", "--method", method, "--data", str(folder),
-            "--train-images", "8", "--ancestors", ",".join(files), "--output", str(tmp_path / "run")]
+            "--stream", str(stream), "--train-images", "8", "--ancestors", ",".join(files),
+            "--output", str(tmp_path / "run")]
     al.main([*argv, "--export", str(tmp_path / "net.pt")])
     used = "drawn-small" if method == "weight-selection" else "drawn-tiny"
     assert f"{used}.pth: " in capsys.readouterr().out
     assert json.loads((tmp_path / "net.pt.json").read_text())["pool"] is None
-    with refuses(r"a network of width 64 \(drawn-base\)"):
+    with refuses(r"a network of width 96 \(drawn-base\)"):
         al.main([*argv, "--size", "drawn-small" if method == "weight-selection" else "drawn-base"])
 
 
