@@ -220,7 +220,7 @@ def test_published_ancestors(method, tmp_path, capsys):
     for size in ("drawn-tiny", "drawn-small"):
         net = random_weights(ViT(common.vit_config(size, 2, image_size=32, patch_size=16, num_classes=9)))
         files.append(str(saved(tmp_path / f"{size}.pth", net.state_dict())))
-    stream = images(tmp_path / "stream", 2)                  # auto and peg train something beside the ancestor
+    stream = images(tmp_path / "stream", 2)                  # auto and peg train beside the ancestor
     argv = [*SMALL, "--pooling", "token", "--stage", "train", "--method", method, "--data", str(folder),
             "--stream", str(stream), "--train-images", "8", "--ancestors", ",".join(files),
             "--output", str(tmp_path / "run")]
