@@ -135,14 +135,18 @@ def test_readme_has_commands():
     assert len(commands(ROOT / "docs/full_scale.md")) >= 3
 
 
-OTHERS = ("--dry-run", "--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint")
+OTHERS = ("--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",     # torchrun
+          "--array", "--gres", "--wrap")                                                           # sbatch
 
 
 @pages
 def test_flags_exist(page):
-    """Every flag that a page names is one of a script's, of reproduce.sh or of torchrun."""
+    """Every flag that a page names is one of a script's, of reproduce.sh, of torchrun or of sbatch."""
     known = set(OTHERS)
-    for file in (*SCRIPTS, "common.py", "tests/bench.py"):
+    for line in (ROOT / "reproduce.sh").read_text().splitlines():
+        if re.fullmatch(r" +(--[a-z-]+( \| )?)+\).*", line):    # of its case
+            known |= set(re.findall(r"--[a-z-]+", line.split(")")[0]))
+    for file in (*SCRIPTS, "common.py", "tests/bench.py", "results/tables.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
     named = set(re.findall(r"(?<![\w<!-])--[a-z][a-z-]*", page.read_text()))
     assert named - known == set()
