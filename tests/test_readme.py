@@ -19,8 +19,8 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def code_blocks(page):
-    """The indented lines of a page that follow an empty line, as those of lists do not; a line that ends in \\
-    is joined to the next one."""
+    """The indented lines of a page that follow an empty line, as those of lists do not; a line that ends in
+    \\ is joined to the next one."""
     text = page.read_text().replace("\\\n", " ")
     blocks = [block for block in text.split("\n\n") if block.startswith("    ")]
     return [line.strip() for block in blocks for line in block.splitlines()]
