@@ -1,5 +1,5 @@
-"""All tables, figures and claims of both modes, from fabricated logs of every cell of reproduce.sh: each number on a page
-is that of the log it belongs to, no cell is empty, no number is lost."""
+"""All tables, figures and claims of both modes, from fabricated logs of every cell of reproduce.sh: each number
+on a page is that of the log it belongs to, no cell is empty, no number is lost."""
 import csv
 import json
 import os
@@ -19,16 +19,23 @@ import figures  # noqa: E402
 import plan  # noqa: E402
 import tables  # noqa: E402
 
-# What a page calls a run, a method and a real dataset; written again here, so that a wrong name in collect.py is seen.
-RUNS = {"tal": "TAL", "tal+": "TAL+", "logah": "LoGAH", "ghn3": "GHN-3", "random": "RandInit", "no-task-info": "TAL (w/o T.I.)",
-        "no-ancestry": "TAL (w/o ans-net)", "tal-informed": "TAL (informed)", "direct": "random", "selection": "selection", "finetune": "fine-tuning"}
-METHODS = {"adaptive": "Adapt-Learngene", "scratch": "From Scratch", "prefine": "Pre-Fine", "heur": "Heur-Learngene",
-           "auto": "Auto-Learngene", "peg": "PEG", "tleg": "TLEG", "weight-selection": "weight selection", "all": "all learngenes"}
-REAL = {"decathlon/aircraft": "Airc.", "decathlon/cifar100": "C100", "decathlon/daimlerpedcls": "DPed", "decathlon/dtd": "DTD",
-        "decathlon/gtsrb": "GTSRB", "decathlon/omniglot": "OGlt", "decathlon/svhn": "SVHN", "decathlon/ucf101": "UCF",
-        "decathlon/vgg-flowers": "Flwr", "fashion-mnist": "F-MNIST", "fer2013": "FER2013", "ham10000": "HAM10000", "mrpc": "MRPC",
-        "mrpc F1": "MRPC F1", "cola": "CoLA", "rte": "RTE", "imdb": "IMDB", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
-        "food101": "Food-101", "cars": "Cars", "flowers102-trainval": "Flowers", "inaturalist2019": "iNat-2019"}
+# What a page calls a run, a method and a real dataset; written again here, so that a wrong name is seen.
+RUNS = {
+    "tal": "TAL", "tal+": "TAL+", "logah": "LoGAH", "ghn3": "GHN-3", "random": "RandInit",
+    "no-task-info": "TAL (w/o T.I.)", "no-ancestry": "TAL (w/o ans-net)", "tal-informed": "TAL (informed)",
+    "direct": "random", "selection": "selection", "finetune": "fine-tuning"}
+METHODS = {
+    "adaptive": "Adapt-Learngene", "scratch": "From Scratch", "prefine": "Pre-Fine", "heur": "Heur-Learngene",
+    "auto": "Auto-Learngene", "peg": "PEG", "tleg": "TLEG", "weight-selection": "weight selection",
+    "all": "all learngenes"}
+REAL = {
+    "decathlon/aircraft": "Airc.", "decathlon/cifar100": "C100", "decathlon/daimlerpedcls": "DPed",
+    "decathlon/dtd": "DTD", "decathlon/gtsrb": "GTSRB", "decathlon/omniglot": "OGlt", "decathlon/svhn": "SVHN",
+    "decathlon/ucf101": "UCF", "decathlon/vgg-flowers": "Flwr", "fashion-mnist": "F-MNIST", "fer2013": "FER2013",
+    "ham10000": "HAM10000", "mrpc": "MRPC", "mrpc F1": "MRPC F1", "cola": "CoLA", "rte": "RTE", "imdb": "IMDB",
+    "cifar10": "CIFAR10", "cifar100": "CIFAR100", "food101": "Food-101", "cars": "Cars",
+    "flowers102-trainval": "Flowers", "inaturalist2019": "iNat-2019"}
+WIDTHS = {**plan.common.VIT_SIZES, **plan.common.GPT2_SIZES}
 
 
 class Fabricated:
@@ -39,7 +46,7 @@ class Fabricated:
         self.numbers, self.origin, self.written = {}, {}, set()
 
     def number(self, folder, *labels):
-        """A number with one digit for what these words describe on a page; noted with the seed of the folder."""
+        """A number with one digit for what these words describe on a page; noted with the folder's seed."""
         run, _, rest = folder.partition("-s")
         seed = re.search(r"-s(\d+)(/|$)", folder)
         key = re.sub(r"-s\d+(?=/|$)", "", folder), *labels
@@ -82,7 +89,7 @@ class Fabricated:
             self.untrained(folder, args, who, tasks, text)
         if args.stage == "train":
             sizes = {32: "Tiny", 48: "Small", 96: "Base", 192: "Tiny", 384: "Small", 768: "Base"}
-            width = plan.common.width_and_heads(args.size, {**plan.common.VIT_SIZES, **plan.common.GPT2_SIZES})[0]
+            width = plan.common.width_and_heads(args.size, WIDTHS)[0]
             size = f"{args.depth}-{sizes.get(width, width)}"
             # Every training of the default data is of the nine tasks
             for task in (args.data or args.tune_tasks).split(","):
@@ -96,16 +103,18 @@ class Fabricated:
                 # after 4,000 images TAL's start is in Table 5 as well as among alternatives
                 trained = self.number(folder, *labels, f"images {images}")
                 self.origin[trained] -= {f"images {images}"}
-                self.log(folder, stage="train", task=task, network=f"{args.depth}x{width}", method=args.method, seed=args.seed,
-                         images=images, lr=args.train_lr, split=args.split, untrained=0.0, trained=trained)
+                self.log(folder, stage="train", task=task, network=f"{args.depth}x{width}", method=args.method,
+                         seed=args.seed, images=images, lr=args.train_lr, split=args.split, untrained=0.0,
+                         trained=trained)
 
     def speed(self, folder, args, who):
         """Both stages together last as many minutes as the number says."""
         unit, stages = ("texts", ["tune"]) if args.modality == "text" else ("images", ["pretrain", "tune"])
         minutes = self.number(folder, "minutes")
         self.origin[minutes] = {who} if unit == "images" else set()
+        rate = 60000 * len(stages) / (60 * minutes)
         for stage in stages if not folder.startswith("st-") else []:
-            self.log(folder, stage=stage, step=50, **{unit: 60000, f"{unit}_per_s": 60000 / (60 * minutes / len(stages))})
+            self.log(folder, stage=stage, step=50, **{unit: 60000, f"{unit}_per_s": rate})
 
     def untrained(self, folder, args, who, tasks, text):
         table = {}
@@ -125,16 +134,19 @@ class Fabricated:
 
     def plot(self, folder):
         names = collect.NINE
-        content = {"tasks": names, "networks": ["3-Small", "6-Small"], "silhouette": {"plane": 0.91, "full": 0.82},
-                   "between": 0.73, "xy": [[[k, 2 * k], [k + 1, k]] for k in range(9)]}
+        content = {"tasks": names, "networks": ["3-Small", "6-Small"], "between": 0.73,
+                   "silhouette": {"plane": 0.91, "full": 0.82},
+                   "xy": [[[k, 2 * k], [k + 1, k]] for k in range(9)]}
         (self.out / folder / "figure3.json").write_text(json.dumps(content))
 
     def adaptive(self, folder, args):
         if args.stage == "ancestry":
             learned = range(1, 4)
             for n in learned:
-                self.log(folder, stage="pool", learngene=n, dataset=f"part {n}", val=50.0, kept=n - 1, earlier=n - 1)
-            self.log(folder, stage="alone", pool="hash", datasets=["a"] * 3, table=[[30.0 + n] * 3 for n in range(4)])
+                self.log(folder, stage="pool", learngene=n, dataset=f"part {n}", val=50.0, kept=n - 1,
+                         earlier=n - 1)
+            alone = [[30.0 + n] * 3 for n in range(4)]
+            self.log(folder, stage="alone", pool="hash", datasets=["a"] * 3, table=alone)
         if args.stage in ("train", "segment"):
             for task in al.names(args.data):
                 for method in al.names(args.method):
@@ -147,18 +159,20 @@ class Fabricated:
         width = args.size.removeprefix("drawn-").title()
         start = METHODS.get(method)
         layers = f"{depths[0]} layers" if self.real else f"{depths[0]} ({depths[0] + 3}) layers"
+        few_learngenes = "learngenes" if args.genes > 1 else "learngene"
         few = " few" if "few" in folder else ""
         named = {"table1": [width + few, start, self.task(task)],
-                 "table2": [width, layers, {"From Scratch": "FromScratch", "Adapt-Learngene": "Ours"}.get(start, start)],
+                 "table2": [width, layers, {"scratch": "FromScratch", "adaptive": "Ours"}.get(method, start)],
                  "table3": [start, "mIoU"],
-                 "table4": [width, self.task(task), "All" if method == "all" else f"learngene{'s' * (args.genes > 1)}"],
+                 "table4": [width, self.task(task), "All" if method == "all" else few_learngenes],
                  "figure4": [width, self.task(task)],
                  "figure3": []}[run]
         value = self.number(folder, *named, method, str(draw), str(args.genes))
         self.origin[value] = set(named)
         learngenes = list(range(1, 1 + (args.genes or (10 if method == "all" else 2))))
-        record = {"stage": args.stage, "task": task, "size": args.size, "depths": depths, "method": method, "draw": draw,
-                  "genes": args.genes, "learngenes": learngenes if method in al.OURS else None, "split": args.split,
+        record = {"stage": args.stage, "task": task, "size": args.size, "depths": depths, "method": method,
+                  "draw": draw, "genes": args.genes, "split": args.split,
+                  "learngenes": learngenes if method in al.OURS else None,
                   "images": int(args.train_images or args.train_epochs * 1000)}
         if args.stage == "segment":
             self.log(folder, **record, miou=value)
@@ -176,15 +190,16 @@ def whole(request, tmp_path_factory):
     mode = request.param
     words = ["paper"] if mode == "paper" else []
     clean = {k: v for k, v in os.environ.items() if k not in ("SEEDS", "ONCE", "SMOKE", "JOBS")}
-    listed = subprocess.run(["bash", str(ROOT / "reproduce.sh"), "--dry-run", *words], capture_output=True, text=True, check=True,
-                            env={**clean, **MORE[mode]}).stdout
+    command = ["bash", str(ROOT / "reproduce.sh"), "--dry-run", *words]
+    env = {**clean, **MORE[mode]}
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
     out = tmp_path_factory.mktemp("runs") / mode
     fabricated = Fabricated(out, mode == "paper")
     for line in listed.splitlines():
         if " min  " in line:
             _, _, _, folder, command = line.split(None, 4)
             fabricated.command(folder, command)
-    (out / "run.txt").write_text("# code 0123456789ab, commit 1234567, clean, start now\n1.0 tal-s0 python tal.py\n# end\n")
+    (out / "run.txt").write_text("# code 0123456789ab, commit 1234567, clean, start now\n1.0 tal-s0 python\n")
     results = out / "results"
     results.mkdir()
     collect.collect(out, results)
@@ -210,7 +225,8 @@ def page_tables(path):
 
 
 NUMBER = re.compile(r"(-?[\d,]+\.\d)( ± [\d.]+)?( \[[\d, ]+\])?( \([-\d.]+\))?$")
-COMPUTED = ("Table 4: training", "Table 8", "Fig. 3", "Fig. 4", "The pool")     # by functions of collect.py, tested by hand
+# By functions of collect.py and tables.py that tests know by hand.
+COMPUTED = ("Table 4: training", "Table 8", "Fig. 3", "Fig. 4", "The pool")
 
 
 def test_no_cell_is_empty(whole):
@@ -255,7 +271,7 @@ def test_means_are_those_of_their_row(whole):
 
 
 def test_no_number_of_a_log_is_lost(whole):
-    """But for sizes that the paper's tables do not have: Base of the ablations, other sizes than 12 layers in Tables 1, 7."""
+    """But for sizes that no table has: Base of the ablations, other depths than 12 layers in Tables 1 and 7."""
     kept = set()
     for path in whole.results.glob("*.csv"):
         if path.name != "claims.csv":
@@ -297,4 +313,5 @@ def test_figures_are_drawn(whole):
     pytest.importorskip("matplotlib")
     figures.draw({name: tables.Table(whole.results, name) for name in collect.TABLES}, whole.results)
     drawn = {path.stem for path in whole.results.glob("*.png")}
-    assert drawn == {"tal-sizes", "tal-fig3", "al-fig3", "al-fig4"} | ({"alternatives"} if whole.mode == "drawn" else set())
+    more = {"alternatives"} if whole.mode == "drawn" else set()
+    assert drawn == {"tal-sizes", "tal-fig3", "al-fig3", "al-fig4"} | more
