@@ -5,7 +5,7 @@
 #   bash reproduce.sh tal-2 al-4           only these parts, and what they need
 #   bash reproduce.sh headline             what the headline claims rest on: about an hour
 #   bash reproduce.sh --dry-run [PART...]  lists the commands and how long they take, runs none
-#   bash reproduce.sh --cell NAME          only the cell of that name; it waits for what it needs
+#   bash reproduce.sh --cell NAME          only the cell of that name (--list prints all); it waits for others
 #   SMOKE=1 bash reproduce.sh [PART...]    the same commands on almost no data, to see that they run
 #   DATA=/data ANCESTRY=vit_base.safetensors bash reproduce.sh paper [PART...]
 #                                          the papers' datasets and settings: GPU-weeks (docs/full_scale.md)
@@ -18,8 +18,9 @@
 #
 # Two commands run at a time (JOBS=2), one thread each; in paper one on every GPU, or with GPUS=N each under
 # torchrun on N of them. Started again, it goes on where it was stopped; what two tables share is made once.
-# Cells of two states of the code are not put into one table, unless MIXED=1 says so. To stay below two hours on two cores, only TAL and LoGAH, and
-# Adaptive-Learngene and its baselines at Small, have three seeds (SEEDS="0 1 2"); all else has one (ONCE=0).
+# Cells of two states of the code are not put into one table, unless MIXED=1 says so. To stay below two hours
+# on two cores, only TAL and LoGAH, and Adaptive-Learngene and its baselines at Small, have three seeds
+# (SEEDS="0 1 2"); all else has one (ONCE=0).
 set -euo pipefail
 cd "$(dirname "$0")"
 
