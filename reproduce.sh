@@ -248,7 +248,8 @@ tal-3() { # the nine tasks, trained on; from random parameters twice as long
 
 trained_on() { # trained_on SIZE SEED METHOD...
     for method in "${@:3}"; do
-        flags="--stage train --seed $2 --method $method --data $nine_tasks --size $sizes$1 --depth 12 $nine_split"
+        flags="--stage train --seed $2 --method $method --data $nine_tasks $nine_split"
+        flags+=" --size $sizes$1 --depth 12"
         if [[ $method == random ]]; then
             tal 1.2 "random-s$2/trained" $flags $nine_twice
         else
@@ -624,7 +625,8 @@ fi
 python=python
 gpus=() # of the papers' runs; slot 0 has the first GPUS of them, slot 1 the next
 if [[ $mode == paper ]]; then
-    IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $(($(nvidia-smi -L 2> /dev/null | wc -l) - 1)))}"
+    last=$(($(nvidia-smi -L 2> /dev/null | wc -l || true) - 1))
+    IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES-$(seq -s, 0 "$last")}"
     if ((${#gpus[@]})); then
         at_a_time=$((${#gpus[@]} / ${GPUS:-1}))
     fi

@@ -256,6 +256,13 @@ def test_one_cell_on_every_gpu(four_gpus, tmp_path):
     assert "--accumulate" not in done                                   # so that another GPU goes on with it
 
 
+def test_paper_mode_without_a_gpu(recipe, tmp_path):
+    (tmp_path / "results/plan.py").touch()
+    result = recipe("paper", "tal-2", **PAPER)
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / "order.txt").read_text().splitlines()) == 4
+
+
 def test_cells_under_torchrun(four_gpus, tmp_path):
     """On each of two pairs of GPUs; more than there are is refused."""
     assert four_gpus("tal-2", GPUS="2").returncode == 0
