@@ -910,8 +910,9 @@ def setup_machine(device="auto", amp="auto", seed=0, threads=0, return_memory=Fa
 def keep_freed_memory():
     """Lets this process keep the memory that it frees, for the next tensors; returns whether it could.
 
-    By default, the C library of Linux gives every large block back to the system at once, and gets it anew with
-    each of its pages zeroed, which takes longer than computing what goes there. Peak memory stays the same.
+    By default, the C library of Linux gives every large block back to the system at once, and gets it anew
+    with each of its pages zeroed, which takes longer than computing what goes there. Peak memory stays the
+    same.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt             # glibc alone has it
