@@ -821,8 +821,8 @@ def patch_logits(pool, task, depths, tals):
     several = torch.bincount(y, minlength=data.IGNORED + 1)[y] > 1             # to leave one out
     usable = (y < task.num_classes) & several
     if not usable.any():
-        raise InputError(f"of the {len(rows)} images of {task.name} that TALS looks at, no two patches "
-                         "are of one class; raise --reward-share")
+        raise InputError(f"of the {len(rows)} images of {task.name} that TALS looks at, no two "
+                         "patches are of one class; raise --reward-share")
     y = y[usable]
     net = backbone(pool.config, depths, 0).to(pool.device).eval()
 

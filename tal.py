@@ -1685,9 +1685,10 @@ def fingerprint(module):
 def obtain_ancestry(run, args):
     """The ancestry, frozen: --ancestry, else the run's own, trained first where there is none."""
     path, shape = run["ancestry"], input_shape(args)
+    asked = {"ancestry_size": args.ancestry_size, "ancestry_tasks": args.ancestry_tasks}
     if args.ancestry:
         ancestry = read_ancestry(args.ancestry, shape, run.print)
-    elif args.stage != "ancestry" and finished(path, ancestry_size=args.ancestry_size):
+    elif args.stage != "ancestry" and finished(path, **asked):
         ancestry = read_ancestry(path, shape, run.print)
     elif args.ancestry_epochs and args.ancestry_tasks:
         ancestry = train_ancestry(run, args)
