@@ -12,9 +12,9 @@
 #   bash reproduce.sh paper --check        what of that is there, what is missing, hours per table
 #
 # Parts: tal-1 ... tal-9 tal-fig3, al-1 ... al-4 al-fig3 al-fig4 (the papers' tables and figures, "al" being
-#        Adaptive-Learngene), alternatives (what else the same cost buys; in paper only when named); and,
-#        only when named, headline, al-pool (checks of pool and selector that no table shows), data (contact
-#        sheet and difficulty of the tasks).
+#        Adaptive-Learngene), al-selection (weight selection, a row of al-1), alternatives (what else the same
+#        cost buys; in paper only when named); and, only when named, headline, al-pool (checks of pool and
+#        selector that no table shows), data (contact sheet and difficulty of the tasks).
 #
 # Two commands run at a time (JOBS=2), one thread each; in paper one on every GPU, or with GPUS=N each under
 # torchrun on N of them. Started again, it goes on where it was stopped; what two tables share is made once.
@@ -25,7 +25,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 all_parts="tal-2 tal-1 tal-3 tal-4 tal-5 tal-6 tal-7 tal-8 tal-9 tal-fig3"
-all_parts+=" al-1 al-2 al-3 al-4 al-fig3 al-fig4 alternatives"
+all_parts+=" al-1 al-selection al-2 al-3 al-4 al-fig3 al-fig4 alternatives"
 only_when_named="headline al-pool data"
 
 mode=drawn
@@ -128,7 +128,7 @@ setting near              kinds,variety,tail                    cifar10,cifar100
 setting others            textures,aircraft,flowers             cars,flowers102-trainval
 setting sixth             ""                                    inaturalist2019
 setting few_of            "$near"                               "$near,$sixth"
-setting few               "1 2 3"                               "1 2 3 4"
+setting few               "1 3 6 8"                             "1 2 3 4"
 setting draws_of          "$near"                               cifar10,flowers102-trainval
 setting curve             variety                               cifar100
 setting wide              wide                                  imagenet
@@ -344,8 +344,11 @@ descendants() { # descendants MINUTES NAME SIZE SEED FLAGS...: trained on, from 
 al-1() { # six tasks, from every start
     six_tasks 6.5 small "$seeds"
     six_tasks 3.3 tiny "$once"
-    selected_weights 6.5 small "$seeds"
-    selected_weights 3.3 tiny "$once"
+}
+
+al-selection() { # the same six tasks, from weights that are selected of the next larger size's
+    selected_weights 2.0 small "$seeds"
+    selected_weights 2.0 tiny "$once"
 }
 
 six_tasks() { # six_tasks MINUTES SIZE SEEDS: on drawn data also after few images
@@ -363,7 +366,7 @@ six_tasks() { # six_tasks MINUTES SIZE SEEDS: on drawn data also after few image
     done
 }
 
-selected_weights() { # selected_weights MINUTES SIZE SEEDS: the same six, from the next larger ancestor
+selected_weights() { # selected_weights MINUTES SIZE SEEDS
     al 30.0 ancestors --stage pretrain --size "$sizes$2" --method weight-selection
     starts="--ancestors $out/ancestors --method weight-selection"
     for seed in $3; do
@@ -434,7 +437,7 @@ al-fig4() { # five of ten learngenes, chosen by TALS and at random
         pools "$size" "$seeds"
         for seed in $seeds; do
             descendants 4.0 "figure4-$size-s$seed" "$size" "$seed" --data "$draws_of" --genes 5 \
-                --method adaptive,random,all,scratch $ablation_length
+                --method adaptive,random,random1,all,scratch $ablation_length
         done
     done
 }

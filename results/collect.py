@@ -270,10 +270,13 @@ def curves(records):
 
 
 def selections(records):
-    """Random ones, those of TALS, all ten learngenes and none."""
-    rows = {"adaptive": "TALS", "all": "all ten", "scratch": "From Scratch"}
+    """Random ones, also such that hold learngene 1, those of TALS, all ten learngenes and none."""
+    rows = {"random": "draw", "random1": "1 and draw", "adaptive": "TALS", "all": "all ten",
+            "scratch": "From Scratch"}
     for r in select(records, "figure4-*", "train"):
-        row = f"draw {r['draw'] + 1}" if r["method"] == "random" else rows[r["method"]]
+        row = rows[r["method"]]
+        if row.endswith("draw"):
+            row += f" {r['draw'] + 1}"
         yield f"{r['width']}, {row}", r["task"], r["seed"], r["accuracy"]
 
 

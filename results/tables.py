@@ -245,15 +245,18 @@ def random_draws(table):
     lines = []
     for size in dict.fromkeys(row.split(", ")[0] for row in table.rows()):
         draws = [row for row in table.rows() if row.startswith(f"{size}, draw")]
+        holding = [row for row in table.rows() if row.startswith(f"{size}, 1 and draw")]
         for task in table.columns():
             tals, mean = table.cell(f"{size}, TALS", task), table.mean(draws, [task])
             deviation = {s: statistics.stdev(table.cell(draw, task)[s] for draw in draws) for s in mean}
             gaps = ", ".join(f"{tals[seed] - mean[seed]:+.1f}" for seed in tals if seed in mean)
             cells = [size, table.shown(task), spread(tals), spread(mean), spread(deviation), gaps]
+            cells.append(spread(table.mean(holding, [task])))
             for row in ("all ten", "From Scratch"):
                 cells.append(spread(table.cell(f"{size}, {row}", task)))
             lines.append(cells)
-    heads = ["TALS", "mean of draws", "deviation between draws", "TALS - mean, per seed"]
+    heads = ["TALS", "mean of draws", "deviation between draws", "TALS - mean, per seed",
+             "mean of draws that hold learngene 1"]
     return markdown(["drawn data", "", *heads, "all ten", "from scratch"], lines)
 
 

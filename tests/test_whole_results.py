@@ -150,7 +150,7 @@ class Fabricated:
         if args.stage in ("train", "segment"):
             for task in al.names(args.data):
                 for method in al.names(args.method):
-                    for draw in range(al.DRAWS if method == "random" else 1):
+                    for draw in range(al.DRAWS if method.startswith("random") else 1):
                         self.descendant(folder, args, task, method, draw)
 
     def descendant(self, folder, args, task, method, draw):
