@@ -342,33 +342,26 @@ descendants() { # descendants MINUTES NAME SIZE SEED FLAGS...: trained on, from 
 }
 
 al-1() { # six tasks, from every start
-    six_tasks 6.5 small "$seeds"
-    six_tasks 3.3 tiny "$once"
+    six_tasks_of small "$seeds"
+    six_tasks_of tiny "$once"
+}
+
+six_tasks_of() { # six_tasks_of SIZE SEEDS
+    pools "$1" "$2"
+    ancestors "$1"
+    six_tasks 6.5 "$1" "$2" adaptive,all,scratch,prefine,heur,auto,peg,tleg
 }
 
 al-selection() { # the same six tasks, from weights that are selected of the next larger size's
-    selected_weights 2.0 small "$seeds"
-    selected_weights 2.0 tiny "$once"
-}
-
-six_tasks() { # six_tasks MINUTES SIZE SEEDS: on drawn data also after few images
-    starts="--ancestors $out/ancestors --method adaptive,all,scratch,prefine,heur,auto,peg,tleg"
-    pools "$2" "$3"
-    ancestors "$2"
-    for seed in $3; do
-        if [[ $six_few ]]; then
-            descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_few
-        fi
-        descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_length
-        if [[ $sixth ]]; then
-            descendants 0.0 "table1-$2-s$seed" "$2" "$seed" --data "$sixth" $starts $sixth_length
-        fi
+    for size in small tiny; do
+        al 30.0 ancestors --stage pretrain --size "$sizes$size" --method weight-selection
     done
+    six_tasks 2.0 small "$seeds" weight-selection
+    six_tasks 2.0 tiny "$once" weight-selection
 }
 
-selected_weights() { # selected_weights MINUTES SIZE SEEDS
-    al 30.0 ancestors --stage pretrain --size "$sizes$2" --method weight-selection
-    starts="--ancestors $out/ancestors --method weight-selection"
+six_tasks() { # six_tasks MINUTES SIZE SEEDS METHODS: on drawn data also after few images
+    starts="--ancestors $out/ancestors --method $4"
     for seed in $3; do
         if [[ $six_few ]]; then
             descendants "$1" "table1-$2-s$seed" "$2" "$seed" --data "$near,$others" $starts $six_few
@@ -445,7 +438,7 @@ al-fig4() { # five of ten learngenes, chosen by TALS and at random
 headline() { # what the headline claims rest on, all of it with three seeds
     local once=$seeds
     hypernetworks logah tal no-task-info no-ancestry
-    six_tasks 6.5 small "$seeds"
+    six_tasks_of small "$seeds"
     al-4
 }
 
