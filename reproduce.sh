@@ -150,7 +150,7 @@ setting wide_scratch      "--train-images 8000"                 "--train-epochs 
 setting wide_share        "--reward-share 0.01"                 ""
 setting scenes_length     "--train-images 4000"                 "--train-epochs 50"
 setting scenes_batch      ""                                    "--batch-size 16 --train-lr 1e-4" # A16
-setting ablation_length   "--train-images 8000"                 "--train-epochs 100"
+setting ablation_length   "--train-images 2000"                 "--train-epochs 100"
 setting curve_length      "--train-images 16000"                "--train-epochs 300"
 setting swin_length       "--train-images 8000"                 "--train-epochs 300"
 setting few_images        "--train-images 1000"                 "--train-epochs 5"
