@@ -349,7 +349,7 @@ al-1() { # six tasks, from every start
 six_tasks_of() { # six_tasks_of SIZE SEEDS
     pools "$1" "$2"
     ancestors "$1"
-    six_tasks 6.5 "$1" "$2" adaptive,all,scratch,prefine,heur,auto,peg,tleg
+    six_tasks 3.3 "$1" "$2" adaptive,all,scratch,prefine,heur,auto,peg,tleg
 }
 
 al-selection() { # the same six tasks, from weights that are selected of the next larger size's
@@ -429,7 +429,7 @@ al-fig4() { # five of ten learngenes, chosen by TALS and at random
     for size in $ablation_sizes; do
         pools "$size" "$seeds"
         for seed in $seeds; do
-            descendants 4.0 "figure4-$size-s$seed" "$size" "$seed" --data "$draws_of" --genes 5 \
+            descendants 3.2 "figure4-$size-s$seed" "$size" "$seed" --data "$draws_of" --genes 5 \
                 --method adaptive,random,random1,all,scratch $ablation_length
         done
     done
