@@ -280,6 +280,31 @@ def selections(records):
         yield f"{r['width']}, {row}", r["task"], r["seed"], r["accuracy"]
 
 
+def reward_ranks(records):
+    """Spearman's correlation of reward and accuracy after training, over the selections of Fig. 4."""
+    selections = {}
+    for r in select(records, "figure4-*", "train"):
+        if r.get("rewards"):
+            same = selections.setdefault((r["width"], r["task"], r["seed"]), {})
+            same[tuple(r["learngenes"])] = r            # two draws may be one selection
+    for (width, task, seed), found in selections.items():
+        accuracies = [r["accuracy"] for r in found.values()]
+        for head in ("means", "ridge"):
+            rewards = [r["rewards"][head] for r in found.values()]
+            if len(set(rewards)) > 2 and len(set(accuracies)) > 2:
+                yield f"{width}, rank by {head}", task, seed, rank_correlation(rewards, accuracies)
+
+
+def rank_correlation(a, b):
+    return statistics.correlation(ranks(a), ranks(b))
+
+
+def ranks(values):
+    """The place of each value in their order; equals share the mean of their places."""
+    order = sorted(values)
+    return [order.index(value) + (order.count(value) - 1) / 2 for value in values]
+
+
 def pools(records):
     """Forgetting, and learngenes alone: row n of a "table" has the accuracies of learngene n on all datasets,
     the last row those of an untrained network."""
@@ -320,7 +345,7 @@ TABLES = ["tal-1", "tal-2", "tal-3", "tal-4", "tal-5", "tal-6", "tal-7", "tal-8"
 CALCULATED = {"tal-4": [training_time], "tal-5": [unseen_tasks], "tal-6": [text_training_time],
               "tal-fig3": [task_graphs], "al-1": [six_tasks], "al-4": [fewest_learngenes],
               "al-fig3": [curves],
-              "al-fig4": [selections], "al-pool": [pools, domains]}
+              "al-fig4": [selections, reward_ranks], "al-pool": [pools, domains]}
 
 
 def codes(out):

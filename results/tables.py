@@ -256,8 +256,17 @@ def random_draws(table):
                 cells.append(spread(table.cell(f"{size}, {row}", task)))
             lines.append(cells)
     heads = ["TALS", "mean of draws", "deviation between draws", "TALS - mean, per seed",
-             "mean of draws that hold learngene 1"]
-    return markdown(["drawn data", "", *heads, "all ten", "from scratch"], lines)
+             "mean of draws that hold learngene 1", "all ten", "from scratch"]
+    return markdown(["drawn data", "", *heads], lines)
+
+
+def reward_ranks(table):
+    """Spearman's correlation between reward and accuracy, by reward head."""
+    rows = [row for row in table.rows() if "rank by" in row]
+    lines = []
+    for row in rows:
+        lines.append([row, *(spread(table.cell(row, task), 2) for task in table.columns(row))])
+    return markdown(["", *map(table.shown, table.columns(rows[0]))], lines) if rows else ""
 
 
 def order_of_starts(row):
@@ -464,6 +473,7 @@ def adaptive_page(t):
         "parameters": parameters_of_fewest(t["al-4"]),
         "al-fig3": convergence(t["al-fig3"]),
         "al-fig4": random_draws(t["al-fig4"]),
+        "ranks": reward_ranks(t["al-fig4"]),
         "al-pool": pool_tables(t["al-pool"], t["al-1"]),
     }
 

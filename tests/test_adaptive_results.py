@@ -73,3 +73,21 @@ def test_fig_4_has_tals_beside_all_draws_and_scratch(tmp_path):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["Small", "kinds", "60.5 ± 0.7", "55.5 ± 2.1", "3.2 ± 0.0", "+6.0, +4.0", "59.5 ± 2.1",
                      "70.5 ± 0.7", "20.5 ± 0.7"]
+
+
+def test_the_rank_correlation_of_the_reward_by_hand(tmp_path):
+    """Ranks 0 1 2 3 against 0 2 1 3: 1 - 6 * 2 / (4 * 15) = 0.8; the other head ranks the other way round."""
+    assert collect.ranks([5, 1, 3, 1]) == [3, 0.5, 2, 0.5]
+    out = tmp_path / "out"
+    out.mkdir()
+    for n, (means, accuracy) in enumerate([(1, 10), (2, 30), (3, 20), (4, 40), (4, 40)]):
+        chosen = [1, min(n, 3) + 2]                                      # the last two are one selection
+        trained(out, "figure4-small", 0, "kinds", "random", accuracy, chosen, draw=n)
+        path = out / "figure4-small-s0" / "log.jsonl"
+        *lines, last = path.read_text().splitlines()
+        last = json.loads(last) | {"rewards": {"means": means, "ridge": -means}}
+        path.write_text("\n".join([*lines, json.dumps(last)]) + "\n")
+    table = collected(out, tmp_path / "results", "al-fig4")
+    assert table.cell("Small, rank by means", "kinds") == {0: pytest.approx(0.8)}
+    assert table.cell("Small, rank by ridge", "kinds") == {0: pytest.approx(-0.8)}
+    assert "| Small, rank by means | 0.80 |" in tables.reward_ranks(table)
