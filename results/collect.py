@@ -350,7 +350,7 @@ CALCULATED = {"tal-4": [training_time], "tal-5": [unseen_tasks], "tal-6": [text_
 
 def codes(out):
     """The hashes of the states of the code of which run.txt has cells."""
-    found, path = [], out / "run.txt"
+    found, path, latest = [], out / "run.txt", "before states had names"
     for line in path.read_text().splitlines() if path.exists() else []:
         head = re.match(r"# code (\w+),", line)
         if head:
