@@ -611,7 +611,8 @@ def test_figures_are_drawn_from_the_committed_numbers(tmp_path):
     pytest.importorskip("matplotlib")
     figures.draw({name: tables.Table(ROOT / "results", name) for name in collect.TABLES}, tmp_path)
     drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {"tal-sizes.png", "tal-fig3.png", "alternatives.png", "al-fig3.png", "al-fig4.png"}
+    committed = {path.name for path in (ROOT / "results").glob("*.png")}
+    assert drawn == committed - {"contact_sheet.png"} and {"tal-sizes.png", "al-fig4.png"} <= drawn
 
 
 def test_the_table_builder_says_what_is_wrong(capsys):
