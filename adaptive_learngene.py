@@ -1179,7 +1179,8 @@ def mapping(few, many):
     with torch.no_grad():
         first.weight.copy_(torch.cat([repeat, -repeat]))
         second.weight.copy_(torch.cat([torch.eye(many), -torch.eye(many)], 1))
-        first.bias.zero_(), second.bias.zero_()
+        first.bias.zero_()
+        second.bias.zero_()
     return nn.Sequential(first, nn.ReLU(), second)
 
 
@@ -1215,7 +1216,8 @@ def auto_layers(run, args):
 
     def build(num_classes):
         return backbone(config, [half], num_classes).to(run.machine.device)
-    pseudo, task = from_stream(run, args, f"auto-{args.size}", build), whole_stream(run, args)
+    pseudo = from_stream(run, args, f"auto-{args.size}", build)
+    task = whole_stream(run, args)
     x = next(iter(task.examples("val", 500)[0].split(500)))        # decoded, if they are files
     x = task.normalise(x)
     theirs = tokens_of_layers(pseudo, x)
@@ -1735,7 +1737,8 @@ def selections(run, args, pool, task, depths):
         elif method == "all":
             yield method, selection_of(None, len(pool)), 0
         elif method in RANDOM:          # as many as TALS selects
-            k, held = args.genes or sum(found), [1] if method == "random1" else []
+            k = args.genes or sum(found)
+            held = [1] if method == "random1" else []
             for draw in range(DRAWS):
                 chance = Random(f"{args.seed} {task.name} {draw}")
                 others = range(1 + len(held), len(pool) + 1)

@@ -464,11 +464,13 @@ al-pool() {
     if [[ $mode == paper ]]; then
         return
     fi
-    # A stream of domains: are held-out classes given the learngene of their domain?
-    al 3.4 domains --stage ancestry --ancestry-epochs 20 \
+    # A stream of domains: are held-out classes given the learngene of their domain? Only of learngenes that
+    # can stand alone, so with gene-dropout (A4).
+    alone="--gene-dropout 0.7 --init random --stem frozen"
+    al 3.4 domains --stage ancestry --ancestry-epochs 20 $alone \
         --stream base:0-7,signs:0-15,textures:0-9,clothing:0-4
     for seed in $seeds; do
-        al 0.2 "domains-s$seed" --stage select --seed "$seed" --pool "$out/domains/pool" \
+        al 0.2 "domains-s$seed" --stage select --seed "$seed" --pool "$out/domains/pool" $alone \
             --data signs:16-31,textures:10-19,clothing:5-9
     done
     # What becomes of learngenes that never had to stand alone, under every start.

@@ -344,8 +344,7 @@ TABLES = ["tal-1", "tal-2", "tal-3", "tal-4", "tal-5", "tal-6", "tal-7", "tal-8"
           "alternatives", "al-1", "al-2", "al-3", "al-4", "al-fig3", "al-fig4", "al-pool"]
 CALCULATED = {"tal-4": [training_time], "tal-5": [unseen_tasks], "tal-6": [text_training_time],
               "tal-fig3": [task_graphs], "al-1": [six_tasks], "al-4": [fewest_learngenes],
-              "al-fig3": [curves],
-              "al-fig4": [selections, reward_ranks], "al-pool": [pools, domains]}
+              "al-fig3": [curves], "al-fig4": [selections, reward_ranks], "al-pool": [pools, domains]}
 
 
 def codes(out):
